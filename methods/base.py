@@ -1,0 +1,207 @@
+"""The contract between a method, the training loop and the artifacts that stages leave behind.
+
+Shape legend: B = batch, C = classes, D = pooled feature width, N = teacher branches, H, W = image sides.
+
+A *method* says what is learnt from what. The loop calls it for a training step (a ``Step`` of named, weighted
+losses) and for evaluation (statistics that can be added up over batches and workers). It never sees files, Ray or
+a schedule. What a finished stage left comes back as a ``Source``; what a teacher emits for a batch is ``Signals``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from methods.catalog import Catalog
+
+
+class Batch(NamedTuple):
+    """What the loop hands to a method: augmented, normalised images with their labels and identity."""
+
+    images: Tensor
+    """Float images, ``[B, 3, H, W]`` (or as many channels as the data set has)."""
+    labels: Tensor
+    """Class indices, ``[B]``, int64."""
+    indices: Tensor
+    """Position of each sample in the data set, ``[B]``, int64: its identity in every epoch."""
+    epoch: int = 0
+    """Epoch that this batch belongs to, counted from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """One named loss: its plain value and the weight with which it enters the sum."""
+
+    value: Tensor
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a training step gives: losses (a loss of weight 0 is logged, never summed) and detached metrics."""
+
+    losses: Mapping[str, Loss]
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Tensor:
+        """The weighted sum that is minimised, a scalar."""
+        weighted = [loss.weight * loss.value for loss in self.losses.values() if loss.weight != 0.0]
+        return torch.stack(weighted).sum()
+
+
+class Signals(NamedTuple):
+    """What a teacher emits for a batch. Views are absent from a plain teacher."""
+
+    logits: Tensor
+    """``[B, C]``"""
+    pooled: Tensor
+    """The vector that enters the classifier, ``[B, D]``."""
+    view_logits: Tensor | None = None
+    """``[B, N, C]``"""
+    view_pooled: Tensor | None = None
+    """``[B, N, D]``"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What is to be predicted: fixed by the data set."""
+
+    num_classes: int
+    in_channels: int = 3
+    image_size: int = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSettings:
+    """Which network, and where its first weights come from."""
+
+    name: str
+    """A name from the model table, or ``timm/NAME`` for any timm model."""
+    pretrained: bool = False
+    """Start from timm's published weights (downloaded once by timm)."""
+    checkpoint: str | None = None
+    """Start from this local safetensors or weights-only file instead."""
+
+    def __post_init__(self) -> None:
+        if self.pretrained and not self.name.startswith("timm/"):
+            raise ValueError(f"pretrained weights exist only for timm/NAME models, not for {self.name!r}")
+        if self.pretrained and self.checkpoint is not None:
+            raise ValueError("pretrained and checkpoint exclude each other: choose one source of weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A finished artifact as a method sees it: enough to rebuild what it emits."""
+
+    key: str
+    method: str
+    settings: Any
+    model: ModelSettings | None
+    task: Task
+    weights: Mapping[str, Tensor]
+    inputs: Mapping[str, Source]
+    catalog: Catalog
+
+    def teacher(self) -> Teacher:
+        """Rebuild the teacher that this artifact emits, frozen and in evaluation mode."""
+        return self.catalog.method(self.method).emit(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A frozen network with, optionally, branch heads on its pooled feature.
+
+    Not an ``nn.Module`` on purpose: a method that holds it does not thereby put the teacher into its own
+    parameters, checkpoints or DDP buckets.
+    """
+
+    network: nn.Module
+    """Maps images to ``(logits, pooled)``; frozen, in evaluation mode."""
+    num_features: int
+    num_classes: int
+    key: str = ""
+    heads: nn.Module | None = None
+    """Maps pooled ``[B, D]`` to ``(view_pooled [B, N, D], view_logits [B, N, C])``."""
+    head_settings: Any = None
+    """The settings of the method that trained the heads."""
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Signals:
+        """Signals for ``images`` ``[B, 3, H, W]``, without gradient. Heads are *not* run here."""
+        logits, pooled = self.network(images)
+        return Signals(logits=logits, pooled=pooled)
+
+    def to(self, device: torch.device) -> Teacher:
+        """Move the networks; returns itself."""
+        self.network.to(device)
+        if self.heads is not None:
+            self.heads.to(device)
+        return self
+
+
+class Method(nn.Module, ABC):
+    """Base of every trained method: the networks that learn, and the losses by which they do.
+
+    Sub-classes name their paper in the module docstring, list ``inputs`` and ``emits``, and implement
+    ``forward`` (training step), ``statistics`` (evaluation) and ``artifact`` (what is kept).
+    """
+
+    version: ClassVar[int] = 1
+    """Raised whenever the same settings would give other numbers: part of every content key."""
+    Settings: ClassVar[type]
+    """Frozen, keyword-only dataclass of the method's own settings."""
+    inputs: ClassVar[Mapping[str, frozenset[str]]] = {}
+    """Role -> signals that its artifact must emit, for instance ``{"teacher": {"logits"}}``."""
+    emits: ClassVar[frozenset[str]] = frozenset()
+    """Signals that the finished artifact can emit: of ``logits``, ``pooled``, ``views``."""
+    needs_model: ClassVar[bool] = True
+    """Whether the stage names a ``model`` that this method trains."""
+    train_defaults: ClassVar[Mapping[str, Any]] = {}
+    """Defaults of the training settings where this method differs from the loop's."""
+    evaluation_metrics: ClassVar[tuple[str, ...]] = ("top1", "top5", "loss")
+    """Names that ``summarise`` returns, so that a misspelt objective is found before anything starts."""
+
+    def __init__(
+        self, settings: Any, *, task: Task, model: nn.Module | None, inputs: Mapping[str, Teacher]
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.task = task
+
+    @classmethod
+    def inactive(cls, settings: Any) -> frozenset[str]:
+        """Names of settings that have no effect at this point, such as the margin of a loss of weight zero."""
+        return frozenset()
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Step:
+        """Losses of one training step. A batch of one sample is allowed."""
+
+    @abstractmethod
+    def statistics(self, batch: Batch) -> dict[str, Tensor]:
+        """Sums over the batch, in evaluation mode and without gradient. Must contain ``count`` (B)."""
+
+    def summarise(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
+        """Turn summed statistics into metrics. Default: divide every sum by ``count``."""
+        count = float(totals["count"])
+        return {name: float(total) / count for name, total in totals.items() if name != "count"}
+
+    @abstractmethod
+    def artifact(self) -> nn.Module:
+        """The module whose weights are kept. Branch heads of a student, or a teacher, are not part of it."""
+
+    @classmethod
+    @abstractmethod
+    def emit(cls, source: Source) -> Teacher:
+        """Rebuild the teacher that a finished artifact of this method is."""
+
+
+ModelFactory = Callable[..., nn.Module]
+"""``factory(num_classes=..., in_channels=...) -> network`` that maps images to logits."""

@@ -1,0 +1,65 @@
+"""The tables of methods, models and data sets that an experiment may name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from methods.base import Method, ModelFactory, ModelSettings, Task
+from methods.models import build_model, timm_factory
+from methods.models.tapped import Tapped
+from methods.names import UnknownNameError, did_you_mean
+
+if TYPE_CHECKING:
+    from methods.data.base import DataSource
+
+__all__ = ["Catalog", "UnknownNameError"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Name -> method class, model factory, data source class. Extended by value, never by side effect."""
+
+    methods: Mapping[str, type[Method]]
+    models: Mapping[str, ModelFactory]
+    datasets: Mapping[str, type[DataSource]]
+
+    def extended(
+        self,
+        methods: Mapping[str, type[Method]] | None = None,
+        models: Mapping[str, ModelFactory] | None = None,
+        datasets: Mapping[str, type[DataSource]] | None = None,
+    ) -> Catalog:
+        """A catalog with the user's own entries added; an entry of the same name replaces ours."""
+        return replace(
+            self,
+            methods={**self.methods, **(methods or {})},
+            models={**self.models, **(models or {})},
+            datasets={**self.datasets, **(datasets or {})},
+        )
+
+    def method(self, name: str) -> type[Method]:
+        return _lookup(self.methods, name, "method")
+
+    def model(self, name: str) -> ModelFactory:
+        """The factory of a network; ``timm/NAME`` names any timm model."""
+        if name.startswith("timm/"):
+            return timm_factory(name)
+        return _lookup(self.models, name, "model")
+
+    def dataset(self, name: str) -> type[DataSource]:
+        return _lookup(self.datasets, name, "data set")
+
+    def build_model(self, settings: ModelSettings, task: Task) -> Tapped:
+        """Build the network for ``task``; calling it on images gives ``(logits [B, C], pooled [B, D])``."""
+        return build_model(self.model(settings.name), settings, task)
+
+
+def _lookup(table: Mapping[str, T], name: str, kind: str) -> T:
+    if name in table:
+        return table[name]
+    known = ", ".join(sorted(table))
+    raise UnknownNameError(f"{name!r} is not a {kind}{did_you_mean(name, table)} (known: {known})")

@@ -1,0 +1,62 @@
+"""Networks of a few thousand weights for 8x8 digits, so that a whole sweep fits into minutes on one core.
+
+==========  ==========  ===========================================
+name        parameters  role (10 classes, one channel)
+==========  ==========  ===========================================
+tiny_cnn        56 394  teacher
+mini_cnn           906  student
+tiny_mlp           610  student without convolutions
+==========  ==========  ===========================================
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methods.models.initialise import initialise
+
+
+class TinyConvNet(nn.Module):
+    """3x3 convolutions with batch norm, then a global average pool and a linear classifier."""
+
+    classifier_path = "classifier"
+
+    def __init__(
+        self, widths: tuple[int, ...], strides: tuple[int, ...], *, num_classes: int, in_channels: int
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        before = in_channels
+        for after, stride in zip(widths, strides, strict=True):
+            layers += [nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(after), nn.ReLU()]
+            before = after
+        self.layers = nn.Sequential(*layers)
+        self.classifier = nn.Linear(widths[-1], num_classes)
+        initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.layers(images).mean(dim=(2, 3)))
+
+
+class TinyMLP(nn.Module):
+    """One hidden layer on the image averaged down to 8x8, whatever its size."""
+
+    classifier_path = "classifier"
+
+    def __init__(self, num_hidden: int, *, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(in_channels * 8 * 8, num_hidden)
+        self.classifier = nn.Linear(num_hidden, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = F.adaptive_avg_pool2d(images, 8).flatten(1)
+        return self.classifier(F.relu(self.hidden(pixels)))
+
+
+tiny_cnn = partial(TinyConvNet, (32, 64, 64), (1, 2, 2))
+mini_cnn = partial(TinyConvNet, (8, 8, 12), (1, 2, 1))
+tiny_mlp = partial(TinyMLP, 24)

@@ -1,0 +1,213 @@
+"""The chain of stages behind one trial: raw stage mappings become typed stages that refer to one another."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from methods.base import Method, ModelSettings
+from methods.catalog import Catalog, UnknownNameError
+from orchestrator.optimisation import TrainSettings
+from orchestrator.settings import Problems, Typed, as_mapping, nearest, parse
+
+__all__ = ["Chain", "StageSpec", "resolve_chain", "with_baseline"]
+
+COMMON = ("method", "model", "train", "seed")
+"""Settings that every stage may have besides those of its method."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """One stage, typed. ``inputs`` maps a role of the method to the name of an earlier stage."""
+
+    name: str
+    method: str
+    settings: Any
+    model: ModelSettings | None
+    train: TrainSettings
+    seed: int | Literal["trial"]
+    inputs: Mapping[str, str]
+
+
+Chain = dict[str, StageSpec]
+"""Stage name -> stage, inputs before their users, the optimised stage last."""
+
+
+def with_baseline(
+    stages: Mapping[str, Mapping[str, Any]], replaced: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Stages in which those of a baseline take the place of ours.
+
+    A replaced stage inherits ``model``, ``train`` and ``seed`` where it does not name them: the baseline differs
+    from the experiment in its method and that method's settings, not by accident in its recipe.
+    """
+    added = {name: dict(stage) for name, stage in replaced.items() if name not in stages}
+    merged = {**added, **{name: dict(stage) for name, stage in stages.items()}}
+    for name in replaced:
+        if name in stages:
+            inherited = {key: stages[name][key] for key in ("model", "train", "seed") if key in stages[name]}
+            merged[name] = {**inherited, **replaced[name]}
+            merged[name].setdefault("method", stages[name].get("method"))
+    return merged
+
+
+def resolve_chain(
+    stages: Mapping[str, Mapping[str, Any]],
+    values: Mapping[str, Any],
+    target: str,
+    catalog: Catalog,
+    problems: Problems,
+) -> Chain:
+    """Type all ``stages`` with ``values`` laid over them; return those that lead to ``target``."""
+    raw = {name: copy.deepcopy(dict(stage)) for name, stage in stages.items()}
+    for path, value in values.items():
+        _lay_over(raw, path, value)
+    typed: Chain = {}
+    for name, stage in raw.items():
+        spec = _resolve_stage(name, dict(stage), raw, target, typed, catalog, problems)
+        if spec is not None:
+            typed[name] = spec
+    return _ancestors(typed, target) if not problems else typed
+
+
+def _lay_over(raw: dict[str, dict[str, Any]], path: str, value: Any) -> None:
+    stage, *parts = path.split(".")
+    mapping = raw.get(stage)
+    if mapping is None:
+        return
+    for part in parts[:-1]:
+        below = mapping.get(part, {})
+        mapping[part] = mapping = {"name": below} if isinstance(below, str) else dict(below)
+    mapping[parts[-1]] = value
+
+
+def _resolve_stage(
+    name: str,
+    stage: dict[str, Any],
+    stages: Mapping[str, Any],
+    target: str,
+    earlier: Chain,
+    catalog: Catalog,
+    problems: Problems,
+) -> StageSpec | None:
+    path = f"stages.{name}"
+    method_name = stage.pop("method", None)
+    if not isinstance(method_name, str):
+        problems.add(f"{path}.method", f"expected the name of a method, got {method_name!r}. Known: {', '.join(sorted(catalog.methods))}")
+        return None
+    try:
+        method = catalog.method(method_name)
+    except UnknownNameError as error:
+        problems.add(f"{path}.method", str(error))
+        return None
+    num_problems = len(problems)
+    model = _resolve_model(stage.pop("model", None), method, f"{path}.model", catalog, problems)
+    train = parse(
+        TrainSettings, {**method.train_defaults, **as_mapping(stage.pop("train", None), f"{path}.train", problems)},
+        f"{path}.train", problems,
+    )  # fmt: skip
+    seed = stage.pop("seed", "trial" if name == target else 0)
+    if seed != "trial" and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        problems.add(f"{path}.seed", f"expected 'trial' or a whole number from 0, got {seed!r}")
+    inputs = {}
+    for role, needs in method.inputs.items():
+        source = _resolve_input(role, stage.pop(role, None), needs, path, stages, earlier, catalog, problems)
+        if source is not None:
+            inputs[role] = source
+    settings = _resolve_settings(stage, method, path, problems)
+    if len(problems) > num_problems or train is None:
+        return None
+    return StageSpec(
+        name=name, method=method_name, settings=settings, model=model, train=train, seed=seed, inputs=inputs
+    )
+
+
+def _resolve_settings(stage: dict[str, Any], method: type[Method], path: str, problems: Problems) -> Any:
+    own = {item.name for item in fields(method.Settings)}
+    known = own | set(COMMON) | set(method.inputs)
+    for name in [name for name in stage if name not in own]:
+        problems.add(f"{path}.{name}", f"{name!r} is not a setting of {method.Settings.__name__}{nearest(name, known)}")
+        stage.pop(name)
+    return parse(method.Settings, stage, path, problems)
+
+
+def _resolve_model(
+    value: Any, method: type[Method], path: str, catalog: Catalog, problems: Problems
+) -> ModelSettings | None:
+    if not method.needs_model:
+        if value is not None:
+            problems.add(path, f"{method.__name__} trains no model of its own; remove {value!r}")
+        return None
+    if value is None:
+        problems.add(path, "is missing: name the network that this stage trains, for instance resnet20")
+        return None
+    if isinstance(value, Typed | ModelSettings):
+        return value if isinstance(value, ModelSettings) else value.value
+    settings = parse(ModelSettings, {"name": value} if isinstance(value, str) else value, path, problems)
+    if settings is not None:
+        try:
+            catalog.model(settings.name)
+        except ValueError as error:
+            problems.add(path, str(error))
+    return settings
+
+
+def _resolve_input(
+    role: str,
+    value: Any,
+    needs: frozenset[str],
+    path: str,
+    stages: Mapping[str, Any],
+    earlier: Chain,
+    catalog: Catalog,
+    problems: Problems,
+) -> str | None:
+    """The stage that ``$name`` refers to; it must stand earlier and emit what the role needs."""
+    path = f"{path}.{role}"
+    if not isinstance(value, str) or not value.startswith("$"):
+        problems.add(path, f"expected a reference to an earlier stage, for instance ${role}; got {value!r}")
+        return None
+    name = value[1:]
+    own = path.split(".")[1]
+    if name not in stages:
+        problems.add(path, f"{value} is not a stage{nearest(name, stages)}")
+        return None
+    if name not in earlier:
+        order = list(stages)
+        if name == own or _reaches(stages, name, own):
+            problems.add(path, f"{value} makes a cycle: {own} needs {name}, and {name} needs {own}")
+        elif order.index(name) > order.index(own):
+            problems.add(path, f"{value} does not exist yet: stage {name!r} stands below {own!r}; move it above")
+        return None
+    lacking = needs - catalog.method(earlier[name].method).emits
+    if lacking:
+        able = [other for other, stage in earlier.items() if needs <= catalog.method(stage.method).emits]
+        problems.add(path, f"{value} ({earlier[name].method}) emits no {', '.join(sorted(lacking))}; stages that do: {', '.join(able) or 'none'}")
+        return None
+    return name
+
+
+def _reaches(stages: Mapping[str, Any], start: str, goal: str) -> bool:
+    seen, todo = set(), [start]
+    while todo:
+        name = todo.pop()
+        if name == goal:
+            return True
+        if name in seen or not isinstance(stages.get(name), Mapping):
+            continue
+        seen.add(name)
+        todo += [value[1:] for value in stages[name].values() if isinstance(value, str) and value.startswith("$")]
+    return False
+
+
+def _ancestors(chain: Chain, target: str) -> Chain:
+    needed, todo = set(), [target]
+    while todo:
+        name = todo.pop()
+        if name in needed or name not in chain:
+            continue
+        needed.add(name)
+        todo += chain[name].inputs.values()
+    return {name: stage for name, stage in chain.items() if name in needed}

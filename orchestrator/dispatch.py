@@ -1,0 +1,205 @@
+"""Which trial may start next. Pure: the world is asked through the functions that are handed in.
+
+The dispatcher knows the whole sweep: points from the sampler, their seeds, the baselines. It holds a trial back
+while a stage that the trial needs is being made by another one, so that a trial which waits occupies nothing; it
+answers a trial that is stored already from the store; and it runs the best points on more seeds in the end.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from orchestrator.errors import ConfigurationError
+from orchestrator.plan import Planner, Point, Trial
+from orchestrator.search import Sampler
+
+__all__ = ["Dispatcher", "Outcome", "Status"]
+
+Status = Literal["done", "stopped", "failed", "deferred"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a trial ended. ``deferred``: it met a stage that somebody else is making, and is to be tried again."""
+
+    status: Status
+    values: tuple[float, ...] = ()
+    """One per objective, when done or stopped."""
+    reason: str = ""
+
+
+@dataclass
+class _PointState:
+    point: Point
+    trials: dict[int, Trial] = field(default_factory=dict)
+    """Seed -> trial."""
+    questions: list[int] = field(default_factory=list)
+    """Numbers of the sampler's points that train this; empty for a baseline."""
+
+
+class Dispatcher:
+    """Decides what runs next.
+
+    Args:
+        planner: Turns a point and a seed into a trial.
+        sampler: Gives the points of the search.
+        stored: Whether the store holds a key.
+        busy: Whether somebody outside of this sweep is making a key right now.
+        recall: The outcome of a trial that has ended in this or an earlier run, else None.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        sampler: Sampler,
+        *,
+        stored: Callable[[str], bool],
+        busy: Callable[[str], bool],
+        recall: Callable[[Trial], Outcome | None],
+    ) -> None:
+        self._planner = planner
+        self._search = planner.spec.search
+        self._sampler = sampler
+        self._stored = stored
+        self._busy = busy
+        self._recall = recall
+        self._known_stored: set[str] = set()
+        self._points: dict[str, _PointState] = {}
+        self._num_asked = 0
+        self._cancelled = False
+        self._queue: list[Trial] = []
+        self._running: dict[str, Trial] = {}
+        self.trials: dict[str, Trial] = {}
+        self.outcomes: dict[str, Outcome] = {}
+        self.broken: list[tuple[Point, str]] = []
+        """Points that turned out to be impossible, with the reason."""
+        self._confirming = False
+        for label in planner.spec.baselines:
+            self._admit(Point(label=label), None)
+
+    def next(self) -> Trial | None:
+        """The next trial that can start now; None when none can (see ``finished``)."""
+        self._draw()
+        in_work = {stage.key for other in self._running.values() for stage in other.stages}
+        for trial in self._queue:
+            if self._ready(trial, in_work):
+                self._queue.remove(trial)
+                self._running[trial.key] = trial
+                return trial
+        return None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every trial has ended and no more will come."""
+        self._draw()
+        return not self._running and (self._cancelled or (not self._queue and self._sampler.exhausted))
+
+    @property
+    def waiting(self) -> Sequence[Trial]:
+        return tuple(self._queue)
+
+    @property
+    def running(self) -> Mapping[str, Trial]:
+        return dict(self._running)
+
+    def ended(self, trial: Trial, outcome: Outcome) -> None:
+        """Take in how a started trial ended."""
+        self._running.pop(trial.key, None)
+        if outcome.status == "deferred":
+            self._queue.append(trial)
+        else:
+            self._record(trial, outcome)
+
+    def cancel_waiting(self) -> None:
+        """Start nothing more: for an interrupted run."""
+        self._cancelled = True
+        self._queue.clear()
+
+    def values(self, point_id: str) -> tuple[float, ...] | None:
+        """The point's worth: the mean over its seeds, one number per objective; None while a seed is out or failed."""
+        outcomes = [self.outcomes.get(trial.key) for trial in self._points[point_id].trials.values()]
+        if not outcomes or any(outcome is None or not outcome.values for outcome in outcomes):
+            return None
+        columns = zip(*(outcome.values for outcome in outcomes if outcome is not None), strict=True)
+        return tuple(sum(column) / len(outcomes) for column in columns)
+
+    def _record(self, trial: Trial, outcome: Outcome) -> None:
+        self.outcomes[trial.key] = outcome
+        self._answer(self._points[trial.point_id])
+
+    def _answer(self, state: _PointState) -> None:
+        """Tell the sampler what a point was worth, once all of its seeds have ended. Once per question."""
+        if not all(trial.key in self.outcomes for trial in state.trials.values()):
+            return
+        values = self.values(next(iter(state.trials.values())).point_id)
+        for question in state.questions:
+            self._sampler.tell(question, values)
+        state.questions.clear()
+
+    def _draw(self) -> None:
+        """Take as many new points from the sampler as it gives; confirm the best when everything has ended."""
+        while not self._cancelled and (values := self._sampler.ask()) is not None:
+            self._num_asked += 1
+            self._admit(Point(values=values), self._num_asked - 1)
+        searched = self._sampler.exhausted and not self._queue and not self._running
+        if searched and self._search.confirm.top and not self._confirming and not self._cancelled:
+            self._confirming = True
+            for point_id in self._best_points():
+                self._add_seeds(point_id, self._search.confirm.seeds)
+
+    def _admit(self, point: Point, question: int | None) -> None:
+        """Take in a point. One that trains the same as an earlier one is not run again; it shares its answer."""
+        try:
+            point_id = self._planner.trial(point, 0).point_id
+        except ConfigurationError as error:
+            self.broken.append((point, str(error)))
+            if question is not None:
+                self._sampler.tell(question, None)
+            return
+        state = self._points.setdefault(point_id, _PointState(point))
+        if question is not None:
+            state.questions.append(question)
+        confirmed = point.label is not None and self._search.confirm.top > 0
+        self._add_seeds(point_id, max(self._search.seeds, self._search.confirm.seeds if confirmed else 0))
+        self._answer(state)
+
+    def _add_seeds(self, point_id: str, num_seeds: int) -> None:
+        state = self._points[point_id]
+        for seed in range(num_seeds):
+            if seed in state.trials:
+                continue
+            trial = self._planner.trial(state.point, seed)
+            if trial.key in self.trials:  # the stage does not depend on the trial's seed
+                continue
+            state.trials[seed] = self.trials[trial.key] = trial
+            outcome = self._recall(trial)
+            if outcome is None:
+                self._queue.append(trial)
+            else:
+                self.outcomes[trial.key] = outcome
+
+    def _best_points(self) -> list[str]:
+        objective = self._search.objectives[0]
+        judged = {
+            point_id: values[0]
+            for point_id, state in self._points.items()
+            if state.point.label is None and (values := self.values(point_id)) is not None
+        }
+        return sorted(judged, key=judged.__getitem__, reverse=objective.maximize)[: self._search.confirm.top]
+
+    def _ready(self, trial: Trial, in_work: set[str]) -> bool:
+        """Whether no stage that this trial lacks is being made by another trial, here or elsewhere."""
+        lacking = [stage.key for stage in trial.stages if not self._is_stored(stage.key)]
+        return not any(key in in_work or self._busy(key) for key in lacking)
+
+    def _is_stored(self, key: str) -> bool:
+        if key not in self._known_stored and self._stored(key):
+            self._known_stored.add(key)
+        return key in self._known_stored
+
+    def stage_uses(self) -> Counter[str]:
+        """Key -> number of trials of this sweep that need it."""
+        return Counter(stage.key for trial in self.trials.values() for stage in trial.stages)

@@ -1,0 +1,85 @@
+"""Content keys: the hash of everything that changes an artifact's bytes, and of nothing that does not. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from methods.catalog import Catalog
+from orchestrator.chain import StageSpec
+from orchestrator.optimisation import TrainSettings
+from orchestrator.settings import to_plain
+
+__all__ = ["Facts", "active_settings", "content_key", "cost_signature", "stage_content"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What has to be looked up in the world before a key can be made."""
+
+    data: Mapping[str, Any]
+    """Fingerprint of the data set with split and augmentation."""
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
+    """Path of a checkpoint file -> hash of its bytes."""
+    code: Mapping[str, str] = field(default_factory=dict)
+    """``method:NAME`` or ``model:NAME`` -> version of code that is not ours."""
+
+
+def content_key(content: Any) -> str:
+    """32 hex digits that depend on every value of ``content`` and not on the order of its keys."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def active_settings(stage: StageSpec, catalog: Catalog) -> dict[str, Any]:
+    """The method's settings that have an effect at this point, as plain values."""
+    inactive = catalog.method(stage.method).inactive(stage.settings)
+    return {name: value for name, value in to_plain(stage.settings).items() if name not in inactive}
+
+
+def active_train(train: TrainSettings) -> dict[str, Any]:
+    inactive = train.inactive()
+    return {name: value for name, value in to_plain(train).items() if name not in inactive}
+
+
+def stage_content(
+    stage: StageSpec, *, seed: int, inputs: Mapping[str, str], facts: Facts, catalog: Catalog
+) -> dict[str, Any]:
+    """Everything that determines the bytes of this stage's artifact."""
+    method = catalog.method(stage.method)
+    return {
+        "method": stage.method,
+        "method_version": facts.code.get(f"method:{stage.method}", method.version),
+        "settings": active_settings(stage, catalog),
+        "model": _model_content(stage, facts),
+        "train": active_train(stage.train),
+        "data": dict(facts.data),
+        "seed": seed,
+        "inputs": dict(inputs),
+    }
+
+
+def _model_content(stage: StageSpec, facts: Facts) -> dict[str, Any] | None:
+    if stage.model is None:
+        return None
+    content: dict[str, Any] = {"name": stage.model.name, "pretrained": stage.model.pretrained}
+    if stage.model.checkpoint is not None:
+        content["checkpoint"] = facts.checkpoints[stage.model.checkpoint]
+    if f"model:{stage.model.name}" in facts.code:
+        content["version"] = facts.code[f"model:{stage.model.name}"]
+    return content
+
+
+def cost_signature(stage: StageSpec, input_signatures: Mapping[str, str], facts: Facts) -> str:
+    """Name of the history to which this stage's cost per epoch belongs: kind of work, not its settings."""
+    return content_key({
+        "method": stage.method,
+        "model": stage.model.name if stage.model else None,
+        "batch_size": stage.train.batch_size,
+        "precision": stage.train.precision,
+        "data": facts.data.get("fingerprint"),
+        "inputs": dict(input_signatures),
+    })  # fmt: skip

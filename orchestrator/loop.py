@@ -1,0 +1,324 @@
+"""The one training loop: any trained method, one process or many, resumable to the same numbers.
+
+The loop knows no method, no Ray and no file. It is handed streams of batches, fellow workers, a slot that keeps
+the latest checkpoint, and somebody who observes finished epochs and may say stop. With several workers (or
+micro-batches) the gradient is the mean over all rows of the batch, however unevenly they are shared, as long as
+the method's losses are means over rows; batch norm statistics remain those of each share.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import isfinite
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from methods.base import Batch, Method
+from orchestrator.errors import ConfigurationError, DivergedError
+from orchestrator.optimisation import PRECISIONS, TrainSettings, learning_rate_factor
+from orchestrator.run_state import RunState
+from orchestrator.training import BatchStream, CheckpointSlot, Clock, Observer, Row, StopTraining, Training
+from orchestrator.workers import SOLO, Workers
+
+__all__ = ["CheckpointSlot", "Row", "StopTraining", "Training", "evaluate", "train"]
+
+STEPS_BETWEEN_LOOKS = 20
+"""How often several workers agree on a checkpoint, and a GPU is asked whether its steps were finite."""
+NOT_METRICS = ("epoch", "time", "learning_rate")
+
+
+def ignore(row: Row) -> bool | None:
+    """Observe nothing."""
+
+
+def train(
+    method: Method,
+    *,
+    settings: TrainSettings,
+    training: BatchStream,
+    validation: BatchStream | None,
+    seed: int,
+    device: torch.device,
+    workers: Workers = SOLO,
+    checkpoints: CheckpointSlot | None = None,
+    observe: Observer = ignore,
+    checkpoint_seconds: float = 30.0,
+    clock: Clock = time.monotonic,
+) -> Training:
+    """Train ``method`` in place, from the checkpoint in the slot if there is one.
+
+    On the CPU an interrupted and resumed run gives the same bits as an uninterrupted one. Checkpoints are written
+    by worker 0 when ``checkpoint_seconds`` have passed, within an epoch too, and at the latest when ``observe``
+    stops the run. The random state of the caller is left as it was.
+
+    Args:
+        observe: Called on worker 0 with each finished epoch; returns True to stop all workers. May raise. The
+            last row before a checkpoint is shown again after resuming, so that no row goes unseen.
+
+    Raises:
+        ConfigurationError: Settings and method do not fit each other.
+        DivergedError: Loss or gradient left the finite numbers; no weight has.
+        StopTraining: ``observe`` asked for it.
+    """
+    _refuse_misfit(method, settings, training, validation is not None)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        # Unlike torch.manual_seed, this leaves the generators of other devices alone.
+        worker_seed = (seed + workers.rank * 0x9E3779B97F4A7C15) % 2**63
+        torch.default_generator.manual_seed(worker_seed)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.cuda.manual_seed(worker_seed)
+            torch.cuda.reset_peak_memory_stats(device)
+        state = RunState(method, settings, device=device, workers=workers, clock=clock)
+        run = _Run(
+            state,
+            settings,
+            training=training,
+            validation=validation,
+            slot=checkpoints,
+            observe=observe,
+            checkpoint_seconds=checkpoint_seconds,
+        )
+        return run.train()
+
+
+@torch.no_grad()
+def evaluate(
+    method: Method, stream: BatchStream, *, device: torch.device, workers: Workers = SOLO
+) -> dict[str, float]:
+    """Metrics of ``method`` over the whole ``stream``, in evaluation mode: exact sums, whoever saw which row."""
+    was_training = method.training
+    method.eval()
+    totals: dict[str, Tensor] = {}
+    for batch in stream.batches(0):
+        if len(batch.labels) == 0:
+            continue
+        for name, value in method.statistics(batch).items():
+            totals[name] = totals[name] + value.double() if name in totals else value.double()
+    method.train(was_training)
+    return method.summarise(workers.all_reduce_sum(totals))
+
+
+class _Objective(nn.Module):
+    """A method as something DDP understands: tensors out. Values are ``total``, losses and metrics, float64."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+        self.names: list[str] = []
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        step = self.method(batch)
+        total = step.total
+        values = {name: loss.value for name, loss in step.losses.items()} | dict(step.metrics)
+        values["loss"] = total
+        self.names = list(values)
+        return total, torch.stack([value.detach() for value in values.values()]).double()
+
+
+class _Run:
+    """The state of a run with what moves it: streams, slot, observer."""
+
+    def __init__(
+        self,
+        state: RunState,
+        settings: TrainSettings,
+        *,
+        training: BatchStream,
+        validation: BatchStream | None,
+        slot: CheckpointSlot | None,
+        observe: Observer,
+        checkpoint_seconds: float,
+    ) -> None:
+        self.state, self.settings, self.training, self.validation = state, settings, training, validation
+        self.slot, self.observe, self.checkpoint_seconds = slot, observe, checkpoint_seconds
+        self.method, self.workers, self.device = state.method, state.workers, state.device
+        self.objective = _Objective(self.method)
+        self.parallel = self.workers.parallel(self.objective)
+        self.saved_at = state.clock()
+
+    def train(self) -> Training:
+        state = self.state
+        state.restore(None if self.slot is None else self.slot.load())
+        if state.history and state.position == 0:
+            self._show(state.history[-1], is_saved=True)
+        while state.epoch < self.settings.epochs:
+            self._train_epoch()
+            self._finish_epoch()
+            is_saved = state.epoch < self.settings.epochs and self._save_when_due()
+            self._show(state.history[-1], is_saved)
+        return self._result()
+
+    def _train_epoch(self) -> None:
+        state, num_batches = self.state, self.training.num_batches
+        self.method.train()
+        for batch in self.training.batches(state.epoch, state.position):
+            values = self._step(batch)
+            state.position += 1
+            is_last = state.position == num_batches
+            is_look = is_last or state.position % STEPS_BETWEEN_LOOKS == 0
+            if (is_look or not state.updater.is_deferred) and state.updater.has_diverged():
+                self._report_divergence(values)
+            if state.average is not None:
+                state.average.update()
+            if not is_last and (is_look or self.workers.size == 1):
+                self._save_when_due()
+        if state.position != num_batches:
+            raise RuntimeError(f"the stream gave {state.position} batches of {num_batches}")
+
+    def _step(self, batch: Batch) -> Tensor:
+        """One optimizer step; gives the values of the last micro-batch."""
+        state, stream = self.state, self.training
+        num_rows = min(stream.batch_size, stream.num_samples - state.position * stream.batch_size)
+        micro_batches = _split(batch, self.settings.accumulate)
+        total = torch.zeros((), device=self.device)
+        for micro in micro_batches:
+            share = len(micro.labels) * self.workers.size / num_rows
+            with nullcontext() if micro is micro_batches[-1] else self.workers.no_sync(self.parallel):
+                with self._autocast():
+                    loss, values = self.parallel(micro)
+                loss = loss if share == 1 else loss * share
+                state.updater.backward(loss)
+            total = total + loss.detach()
+            state.add(self.objective.names, values, len(micro.labels))
+        step = state.epoch * stream.num_batches + state.position
+        factor = learning_rate_factor(self.settings, step, stream.num_batches)
+        state.learning_rate = self.settings.learning_rate * factor
+        state.updater.step(total, state.learning_rate)
+        return values
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        precision = PRECISIONS[self.settings.precision]
+        return nullcontext() if precision is torch.float32 else torch.autocast(self.device.type, precision)
+
+    def _finish_epoch(self) -> None:
+        """Add the row of this epoch, evaluated where that is due, and keep its weights if they are the best."""
+        state, settings = self.state, self.settings
+        means = state.finish_epoch()
+        row: Row = {"epoch": state.epoch, "time": time.time(), "learning_rate": state.learning_rate}
+        row |= {f"train_{name}": mean for name, mean in means.items()}
+        is_due = state.epoch % settings.evaluate_every == 0 or state.epoch == settings.epochs
+        if self.validation is not None and is_due:
+            with self._evaluated_weights():
+                row |= evaluate(self.method, self.validation, device=self.device, workers=self.workers)
+                if settings.keep == "best" and self._is_best(row):
+                    state.best = {"row": row, "weights": self._artifact_weights()}
+        state.history.append(row)
+
+    def _is_best(self, row: Row) -> bool:
+        best, name = self.state.best, self.settings.objective or self.method.evaluation_metrics[0]
+        sign = 1 if self.settings.objective_mode == "max" else -1
+        return best is None or sign * row[name] > sign * best["row"][name]
+
+    @contextmanager
+    def _evaluated_weights(self) -> Iterator[None]:
+        """Scope in which the method holds what is evaluated and kept: the average if there is one."""
+        average = self.state.average
+        with nullcontext() if average is None else average.applied():
+            self.workers.broadcast_tensors(self.method.buffers())
+            yield
+
+    def _artifact_weights(self) -> dict[str, Tensor]:
+        state = self.method.artifact().state_dict()
+        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+    def _show(self, row: Row, is_saved: bool) -> None:
+        """Let worker 0 observe the row, and leave on all workers if it says stop. The last epoch ends anyway."""
+        epoch, num_epochs = self.state.epoch, self.settings.epochs
+        is_stopped = False
+        try:
+            if self.workers.rank == 0:
+                is_stopped = bool(self.observe(dict(row))) and epoch < num_epochs
+        except BaseException:
+            self.workers.broadcast_flag(True)
+            self.workers.broadcast_flag(False)
+            raise
+        if self.workers.broadcast_flag(is_stopped):
+            if self.workers.broadcast_flag(not is_saved and self.slot is not None):
+                self._save()
+            raise StopTraining(f"stopped after epoch {epoch} of {num_epochs}: the observer said so")
+
+    def _save_when_due(self) -> bool:
+        """Save if worker 0 finds that it is time; gives whether that was done."""
+        is_due = self.slot is not None and self.state.clock() - self.saved_at >= self.checkpoint_seconds
+        if is_due := self.workers.broadcast_flag(is_due):
+            self._save()
+        return is_due
+
+    def _save(self) -> None:
+        tree = self.state.tree()
+        if self.workers.rank == 0 and self.slot is not None:
+            self.slot.save(tree)
+        self.saved_at = self.state.clock()
+
+    def _result(self) -> Training:
+        state = self.state
+        with self._evaluated_weights():
+            row = state.history[-1] if state.history else {}
+            if not row and self.validation is not None:
+                row = evaluate(self.method, self.validation, device=self.device, workers=self.workers)
+            kept = state.best or {"row": row, "weights": self._artifact_weights()}
+        return Training(
+            history=state.history,
+            weights=kept["weights"],
+            metrics={name: value for name, value in kept["row"].items() if name not in NOT_METRICS},
+            seconds=state.seconds,
+            cpu_seconds=state.cpu_seconds,
+            peak_memory_bytes=_peak_memory_bytes(self.device),
+            resumed_epochs=state.resumed_epochs,
+        )
+
+    def _report_divergence(self, values: Tensor) -> NoReturn:
+        state = self.state
+        sums = [] if state.sums is None else state.sums.tolist()
+        broken = [name for name, total in zip(state.names, sums, strict=True) if not isfinite(total)]
+        shown = ", ".join(
+            f"{name} {value:g}" for name, value in zip(state.names, values.tolist(), strict=True)
+        )
+        raise DivergedError(
+            f"training diverged in epoch {state.epoch + 1} of {self.settings.epochs}, at step {state.position} of "
+            f"{self.training.num_batches}: not finite: {', '.join(broken) or 'the gradient'}; last values: {shown}; "
+            f"learning rate {state.learning_rate:g}. Lower learning_rate, or set clip_norm."
+        )
+
+
+def _split(batch: Batch, num_parts: int) -> list[Batch]:
+    """Micro-batches of nearly equal size, none of a single row: batch norm could not train on that."""
+    num_parts = max(1, min(num_parts, len(batch.labels) // 2))
+    if num_parts == 1:
+        return [batch]
+    columns = (column.tensor_split(num_parts) for column in (batch.images, batch.labels, batch.indices))
+    return [
+        Batch(images, labels, indices, batch.epoch) for images, labels, indices in zip(*columns, strict=True)
+    ]
+
+
+def _refuse_misfit(
+    method: Method, settings: TrainSettings, training: BatchStream, has_validation: bool
+) -> None:
+    name, metrics = type(method).__name__, method.evaluation_metrics
+    problems = []
+    if not any(parameter.requires_grad for parameter in method.parameters()):
+        problems.append(f"{name} has no parameter to train")
+    if training.batch_size != settings.batch_size:
+        problems.append(f"batch_size is {settings.batch_size}, but the stream's is {training.batch_size}")
+    if settings.keep == "best" and not has_validation:
+        problems.append("keep='best' needs a validation split: set data.validation, or keep='last'")
+    if settings.keep == "best" and settings.objective not in ("", *metrics):
+        problems.append(f"objective {settings.objective!r} is not a metric of {name}: {', '.join(metrics)}")
+    if problems:
+        raise ConfigurationError(*problems)
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,211 @@
+"""From an experiment to the graph of stages that have to run. Pure: nothing is read, written or started here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.chain import Chain, StageSpec
+from orchestrator.errors import ConfigurationError
+from orchestrator.keys import Facts, active_settings, active_train, content_key, cost_signature, stage_content
+from orchestrator.settings import to_plain
+from orchestrator.spec import ExperimentSpec
+
+__all__ = ["Plan", "PlannedStage", "Planner", "Point", "Trial", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice of values: of the search space, or of a baseline (``label``)."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    label: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStage:
+    """A stage of a trial with its seed, its key and the keys of its inputs."""
+
+    name: str
+    key: str
+    spec: StageSpec
+    seed: int
+    inputs: Mapping[str, str]
+    content: Mapping[str, Any]
+    signature: str
+    """Which history tells what it will cost."""
+
+    @property
+    def epochs(self) -> int:
+        return self.spec.train.epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One point with one seed: the chain of stages to walk, inputs first, the optimised stage last."""
+
+    point: Point
+    point_id: str
+    """Names the point in tables: equal for points that train the same thing."""
+    values: Mapping[str, Any]
+    """The point's values that have an effect."""
+    seed: int
+    stages: tuple[PlannedStage, ...]
+
+    @property
+    def final(self) -> PlannedStage:
+        return self.stages[-1]
+
+    @property
+    def key(self) -> str:
+        return self.final.key
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans trials of one experiment, given the facts about its data and code."""
+
+    spec: ExperimentSpec
+    facts: Facts
+
+    def trial(self, point: Point, seed: int) -> Trial:
+        """The trial of ``point`` with ``seed``. A setting without effect is dropped before keys are made."""
+        chain = self.spec.chain(point.label, point.values)
+        stages = self._key_stages(chain, seed)
+        anchor = stages if seed == 0 else self._key_stages(chain, 0)
+        return Trial(
+            point=point,
+            point_id=anchor[-1].key[:8],
+            values=self._active_values(point, chain),
+            seed=seed,
+            stages=stages,
+        )
+
+    def _key_stages(self, chain: Chain, trial_seed: int) -> tuple[PlannedStage, ...]:
+        keys: dict[str, str] = {}
+        signatures: dict[str, str] = {}
+        planned = []
+        for name, stage in chain.items():
+            seed = trial_seed if stage.seed == "trial" else stage.seed
+            inputs = {role: keys[source] for role, source in stage.inputs.items()}
+            content = stage_content(
+                stage, seed=seed, inputs=inputs, facts=self.facts, catalog=self.spec.catalog
+            )
+            keys[name] = content_key(content)
+            signatures[name] = cost_signature(
+                stage, {role: signatures[source] for role, source in stage.inputs.items()}, self.facts
+            )
+            planned.append(
+                PlannedStage(
+                    name=name, key=keys[name], spec=stage, seed=seed, inputs=inputs, content=content,
+                    signature=signatures[name],
+                )  # fmt: skip
+            )
+        return tuple(planned)
+
+    def _active_values(self, point: Point, chain: Chain) -> dict[str, Any]:
+        active: dict[str, Any] = {}
+        for path, value in point.values.items():
+            name, _, setting = path.partition(".")
+            if name in chain and _has_effect(chain[name], setting, self.spec):
+                active[path] = value
+        return active
+
+
+def _has_effect(stage: StageSpec, setting: str, spec: ExperimentSpec) -> bool:
+    if setting.startswith("train."):
+        return setting.removeprefix("train.") in active_train(stage.train)
+    if setting in to_plain(stage.settings):
+        return setting in active_settings(stage, spec.catalog)
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The stages behind a set of trials: what is shared, what is stored already, and what is left to run."""
+
+    name: str
+    trials: tuple[Trial, ...]
+    stored: frozenset[str]
+    """Keys that the store holds."""
+    costs: Mapping[str, float]
+    """Key -> expected seconds, where history knows the kind of stage."""
+    num_undrawn: int = 0
+    """Points that the search will draw while it runs."""
+    slots: int = 1
+    """How many trials run at a time."""
+
+    @property
+    def stages(self) -> dict[str, PlannedStage]:
+        """Distinct stages by key, inputs before users."""
+        return {stage.key: stage for trial in self.trials for stage in trial.stages}
+
+    @property
+    def missing(self) -> dict[str, PlannedStage]:
+        """Stages that have to run: not stored, and needed by a trial whose last stage is not stored."""
+        return {
+            stage.key: stage
+            for trial in self.trials if trial.key not in self.stored
+            for stage in trial.stages if stage.key not in self.stored
+        }  # fmt: skip
+
+    def uses(self) -> Counter[str]:
+        """Key -> how many trials need it."""
+        return Counter(stage.key for trial in self.trials for stage in trial.stages)
+
+    def seconds(self, stages: Iterable[PlannedStage]) -> float | None:
+        """Expected training time one after the other; None when a kind of stage has no history."""
+        costs = [self.costs.get(stage.key) for stage in stages]
+        return None if any(cost is None for cost in costs) else float(sum(filter(None, costs)))
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Stage name -> how many distinct stages there are in all, stored, and to run."""
+        rows: dict[str, dict[str, int]] = {}
+        missing = self.missing
+        for key, stage in self.stages.items():
+            row = rows.setdefault(stage.name, {"all": 0, "stored": 0, "to_run": 0})
+            row["all"] += 1
+            row["stored"] += key in self.stored
+            row["to_run"] += key in missing
+        return rows
+
+    def __str__(self) -> str:
+        from orchestrator.plan_text import plan_text
+
+        return plan_text(self)
+
+
+def make_plan(
+    planner: Planner,
+    points: Iterable[Point],
+    *,
+    has: Callable[[str], bool],
+    cost: Callable[[PlannedStage], float | None],
+    num_undrawn: int = 0,
+    slots: int = 1,
+) -> Plan:
+    """Plan every point with every seed. Points that train the same thing become one. Problems are all reported."""
+    problems: list[str] = []
+    trials: dict[str, Trial] = {}
+    for point in points:
+        for seed in range(planner.spec.search.seeds):
+            try:
+                trial = planner.trial(point, seed)
+            except ConfigurationError as error:
+                problems += [f"point {dict(point.values)}: {problem}" for problem in error.problems]
+                break
+            trials.setdefault(trial.key, trial)
+    if problems:
+        raise ConfigurationError(*problems)
+    stages = {stage.key: stage for trial in trials.values() for stage in trial.stages}
+    costs = {key: seconds for key, stage in stages.items() if (seconds := cost(stage)) is not None}
+    return Plan(
+        name=planner.spec.name,
+        trials=tuple(trials.values()),
+        stored=frozenset(key for key in stages if has(key)),
+        costs=costs,
+        num_undrawn=num_undrawn,
+        slots=slots,
+    )

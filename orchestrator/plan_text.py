@@ -1,0 +1,102 @@
+"""A plan as text: the stage graph with counts, what the store holds already, and what the rest will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Plan, PlannedStage
+
+__all__ = ["duration", "plan_text"]
+
+
+def plan_text(plan: Plan) -> str:
+    uses = plan.uses()
+    by_name: dict[str, list[PlannedStage]] = {}
+    for stage in plan.stages.values():
+        by_name.setdefault(stage.name, []).append(stage)
+    rows = [("stage", "method", "model", "distinct", "stored", "to run", "used by", "expected")]
+    counts = plan.counts()
+    missing = plan.missing
+    for name, stages in by_name.items():
+        to_run = [stage for stage in stages if stage.key in missing]
+        rows.append((
+            _indent(stages[0], by_name) + name,
+            _list({stage.spec.method for stage in stages}),
+            _list({stage.spec.model.name for stage in stages if stage.spec.model}),
+            str(counts[name]["all"]),
+            str(counts[name]["stored"]),
+            str(len(to_run)),
+            f"{sum(uses[stage.key] for stage in stages)} trials",
+            duration(plan.seconds(to_run)) if to_run else "–",
+        ))  # fmt: skip
+    return "\n".join([_headline(plan), "", *_columns(rows), "", *_closing(plan)])
+
+
+def _headline(plan: Plan) -> str:
+    labels: dict[str, set[str]] = {}
+    for trial in plan.trials:
+        labels.setdefault(trial.point.label or "points", set()).add(trial.point_id)
+    parts = [f"{len(ids)} {label if label == 'points' else f'x {label}'}" for label, ids in labels.items()]
+    if plan.num_undrawn:
+        parts.append(f"up to {plan.num_undrawn} points drawn while it runs")
+    return f"{plan.name}: {_plural(len(plan.trials), 'trial')} ({', '.join(parts)})"
+
+
+def _closing(plan: Plan) -> list[str]:
+    missing = plan.missing
+    if not missing:
+        done = "Everything is in the store; nothing will be trained."
+        return [done] if not plan.num_undrawn else ["The points known now are in the store."]
+    summary = ", ".join(f"{_plural(row['to_run'], name + ' stage')}" for name, row in plan.counts().items() if row["to_run"])
+    lines = [f"To run: {summary}."]
+    shared = plan.seconds(missing.values())
+    if shared is None:
+        unknown = sorted({stage.name for key, stage in missing.items() if key not in plan.costs})
+        lines.append(f"Expected cost: no history yet for {', '.join(unknown)}; known after the first one has run.")
+        return lines
+    todo = [trial for trial in plan.trials if trial.key not in plan.stored]
+    alone = plan.seconds(stage for trial in todo for stage in trial.stages if stage.key not in plan.stored)
+    lines.append(f"Expected cost: {duration(shared)} of training, about {duration(shared / plan.slots)} with {_plural(plan.slots, 'trial')} at a time.")
+    if alone is not None and alone > shared:
+        lines.append(f"Without sharing stages it would be {duration(alone)} ({alone / shared:.2f} x).")
+    return lines
+
+
+def _indent(stage: PlannedStage, by_name: dict[str, list[PlannedStage]]) -> str:
+    depth = 0
+    while stage.inputs:
+        parents = [other for stages in by_name.values() for other in stages if other.key in stage.inputs.values()]
+        if not parents:
+            break
+        stage = parents[0]
+        depth += 1
+    return "  " * (depth - 1) + "└ " if depth else ""
+
+
+def _list(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "–"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "  ".join("─" * width for width in widths), *lines[1:]]
+
+
+def duration(seconds: float | None) -> str:
+    """``75 -> '1 min 15 s'``; None is unknown."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"

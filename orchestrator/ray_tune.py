@@ -1,0 +1,297 @@
+"""Ray Tune drives the sweep: it places trials, reports their epochs to the scheduler and restarts dead ones.
+
+The only decisions taken here are Tune's own. Which trial may start next is the dispatcher's, and what a trial does is
+the runner's; both are handed in. A trial that runs holds its resources from start to end, and the dispatcher starts
+none that would have to wait for a stage of another, so nothing idle holds a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from methods.data.base import ImageData
+from orchestrator.dispatch import Dispatcher, Outcome
+from orchestrator.errors import ConfigurationError
+from orchestrator.loop import Row
+from orchestrator.plan import Planner, Point, Trial
+from orchestrator.spec import RunSettings, SchedulerSettings
+from orchestrator.trial import TrialRunner
+
+__all__ = ["SharedData", "SweepListener", "connect", "drive", "trial_slots"]
+
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+"""Tune's own loggers, folders and signal handling are not used: the store is the truth about what is finished."""
+
+OBJECTIVE = "objective"
+
+
+class SweepListener(Protocol):
+    """Hears what happens in the driver. Called in the driver's main thread; must return quickly."""
+
+    def trial_started(self, trial: Trial) -> None: ...
+
+    def trial_row(self, trial: Trial, row: Row) -> None: ...
+
+    def trial_ended(self, trial: Trial, outcome: Outcome) -> None: ...
+
+    def tick(self) -> None:
+        """Called several times a second."""
+
+
+class SharedData:
+    """A data set in Ray's object store: loaded once by the driver, mapped read-only into every trial's process."""
+
+    _loaded: dict[str, ImageData] = {}  # noqa: RUF012 - one per process, on purpose
+
+    def __init__(self, data: ImageData) -> None:
+        self._reference = ray.put(data)
+
+    def __call__(self) -> ImageData:
+        name = self._reference.hex()
+        if name not in self._loaded:
+            self._loaded[name] = ray.get(self._reference)
+        return self._loaded[name]
+
+
+def connect() -> None:
+    """Join the cluster that this process runs on, else start one on this machine, closed to the network."""
+    if ray.is_initialized():
+        return
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**options)
+        return
+    try:
+        ray.init(address="auto", **options)
+    except ConnectionError:
+        ray.init(include_dashboard=False, **options)
+
+
+def trial_resources(run: RunSettings) -> dict[str, float]:
+    """What a trial itself holds: its worker's share, or next to nothing when Ray Train places several workers."""
+    if run.workers > 1:
+        return {"CPU": 0.01}
+    resources = {"CPU": float(run.cpus_per_worker)}
+    return {**resources, "GPU": run.gpus_per_worker} if run.gpus_per_worker else resources
+
+
+def trial_slots(run: RunSettings, cluster: Mapping[str, float] | None = None) -> int:
+    """How many trials fit at a time. Raises ``ConfigurationError`` when not even one does."""
+    cluster = ray.cluster_resources() if cluster is None else cluster
+    needs = {"CPU": float(run.cpus_per_worker), "GPU": float(run.gpus_per_worker)}
+    fits = [
+        int(cluster.get(kind, 0.0) / (need * run.workers) + 1e-9) for kind, need in needs.items() if need > 0
+    ]
+    if min(fits) < 1:
+        asked = ", ".join(f"{need * run.workers:g} {kind}" for kind, need in needs.items() if need)
+        there = ", ".join(f"{cluster.get(kind, 0.0):g} {kind}" for kind in needs)
+        raise ConfigurationError(f"run: a trial needs {asked} (run.workers x per-worker resources), but the cluster has {there}; lower run.workers, run.cpus_per_worker or run.gpus_per_worker")
+    return min(min(fits), run.concurrent_trials or min(fits))
+
+
+@dataclass(frozen=True)
+class _TrialFunction:
+    """What Tune runs in a trial's process: plan the trial again from its point, and walk it."""
+
+    planner: Planner
+    runner: TrialRunner
+
+    def __call__(self, config: dict[str, Any]) -> None:
+        trial = self.planner.trial(Point(config["values"], config["label"]), config["seed"])
+        objective = trial_objective(self.planner)
+
+        def report(row: Row) -> None:
+            if objective in row:
+                tune.report({**row, OBJECTIVE: row[objective]})
+
+        outcome = self.runner.run(trial, report)
+        tune.report({
+            "outcome": {"status": outcome.status, "values": list(outcome.values), "reason": outcome.reason},
+            "epoch": trial.final.epochs,
+        })  # fmt: skip
+
+
+def trial_objective(planner: Planner) -> str:
+    return planner.spec.search.objectives[0].metric
+
+
+class _DispatchSearcher(Searcher):
+    """Tune's view of the dispatcher."""
+
+    def __init__(self, dispatcher: Dispatcher, listener: SweepListener, slots: int) -> None:
+        super().__init__()
+        self._dispatcher = dispatcher
+        self._listener = listener
+        self._slots = slots
+        self._trials: dict[str, Trial] = {}
+        self._last_rows: dict[str, Row] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        self._listener.tick()
+        if len(self._trials) >= self._slots:
+            return None
+        trial = self._dispatcher.next()
+        if trial is None:
+            return Searcher.FINISHED if self._dispatcher.finished else None
+        self._trials[trial_id] = trial
+        self._listener.trial_started(trial)
+        return {"values": dict(trial.point.values), "label": trial.point.label, "seed": trial.seed}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if OBJECTIVE in result and trial_id in self._trials:
+            row = {name: value for name, value in result.items() if isinstance(value, int | float)}
+            self._last_rows[trial_id] = row
+            self._listener.trial_row(self._trials[trial_id], row)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        trial = self._trials.pop(trial_id, None)
+        if trial is None:
+            return
+        row = self._last_rows.pop(trial_id, None)
+        outcome = _outcome(result or {}, row, error)
+        self._dispatcher.ended(trial, outcome)
+        if outcome.status != "deferred":
+            self._listener.trial_ended(trial, outcome)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the store knows what is finished."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the store knows what is finished."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def _outcome(result: Mapping[str, Any], row: Row | None, error: bool) -> Outcome:
+    if error:
+        return Outcome(status="failed", reason="the trial's process died; see Ray's logs on its node (out of memory, lost node?)")
+    told = result.get("outcome")
+    if told is not None:
+        return Outcome(status=told["status"], values=tuple(told["values"]), reason=told["reason"])
+    if row is None:
+        return Outcome(status="failed", reason="the trial ended without a result")
+    return Outcome(status="stopped", values=(row[OBJECTIVE],), reason=f"stopped early after epoch {row['epoch']:g}")
+
+
+class _Tick(tune.Callback):
+    """Lets the listener look around while no trial reports."""
+
+    def __init__(self, listener: SweepListener) -> None:
+        self._listener = listener
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._listener.tick()
+
+
+def drive(
+    planner: Planner,
+    runner: TrialRunner,
+    dispatcher: Dispatcher,
+    listener: SweepListener,
+    *,
+    slots: int,
+    interrupt: Callable[[], None],
+) -> None:
+    """Run every trial that the dispatcher gives. Returns when it has no more, or after an interruption.
+
+    ``interrupt`` is called at the first Ctrl-C; a second one raises ``KeyboardInterrupt`` at once.
+    """
+    searcher = _DispatchSearcher(dispatcher, listener, slots)
+    trainable = tune.with_resources(
+        tune.with_parameters(_run_trial, function=_TrialFunction(planner, runner)),
+        trial_resources(planner.spec.run),
+    )
+    with tempfile.TemporaryDirectory(prefix="stillhouse-tune-") as folder, _interruptible(interrupt):
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                num_samples=-1,
+                search_alg=searcher,
+                scheduler=make_scheduler(planner.spec.search.scheduler, planner),
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+                trial_name_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="sweep",
+                storage_path=folder,
+                verbose=0,
+                callbacks=[_Tick(listener)],
+                failure_config=tune.FailureConfig(max_failures=planner.spec.run.max_failures),
+            ),
+        )
+        tuner.fit()
+
+
+def _run_trial(config: dict[str, Any], function: _TrialFunction) -> None:
+    function(config)
+
+
+def make_scheduler(settings: SchedulerSettings, planner: Planner) -> Any:
+    """Tune's scheduler over epochs of the last stage, on the first objective."""
+    if settings.name == "none":
+        return None
+    objective = planner.spec.search.objectives[0]
+    common: dict[str, Any] = {
+        "time_attr": "epoch",
+        "metric": OBJECTIVE,
+        "mode": "max" if objective.maximize else "min",
+    }
+    if settings.name == "median":
+        return tune.schedulers.MedianStoppingRule(grace_period=settings.grace_epochs, **common)
+    epochs = planner.trial(Point({}), 0).final.epochs
+    return tune.schedulers.AsyncHyperBandScheduler(
+        grace_period=min(settings.grace_epochs, epochs),
+        max_t=max(epochs, settings.grace_epochs),
+        reduction_factor=settings.reduction_factor,
+        **common,
+    )
+
+
+@contextlib.contextmanager
+def _interruptible(interrupt: Callable[[], None]) -> Iterator[None]:
+    """First Ctrl-C: finish cleanly. Second: now."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[float] = []
+
+    def handle(number: int, frame: Any) -> None:
+        pressed.append(time.monotonic())
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+        interrupt()
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,181 @@
+"""From a plain document to a typed experiment. Every mistake is found and reported in one go."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from methods.catalog import Catalog, UnknownNameError
+from orchestrator.chain import resolve_chain, with_baseline
+from orchestrator.document import SECTIONS
+from orchestrator.errors import ConfigurationError
+from orchestrator.settings import Problems, Typed, as_mapping, nearest, parse
+from orchestrator.space import parse_domain
+from orchestrator.spec import DataSettings, ExperimentSpec, Objective, RunSettings, SearchSettings
+
+__all__ = ["parse_experiment"]
+
+MEASURED = ("num_parameters", "seconds")
+"""Metrics that every stage has besides those of its method: size, and training time."""
+
+
+def parse_experiment(document: Mapping[str, Any], catalog: Catalog) -> ExperimentSpec:
+    """Check ``document`` and type it. Raises ``ConfigurationError`` with every mistake that was found."""
+    problems = Problems()
+    for section in document:
+        if section not in SECTIONS:
+            problems.add(str(section), f"{section!r} is not a section{nearest(str(section), SECTIONS)}")
+    name = _parse_name(document.get("name"), problems)
+    data = _parse_data(document.get("data"), catalog, problems)
+    stages = _stage_mappings(document.get("stages"), "stages", problems)
+    if not stages:
+        problems.add("stages", "an experiment needs at least one stage, for instance teacher: {method: supervised, ...}")
+    baselines = {
+        label: _stage_mappings(value, f"baselines.{label}", problems)
+        for label, value in as_mapping(document.get("baselines"), "baselines", problems).items()
+    }
+    search = _parse_search(document.get("search"), stages, problems)
+    run = parse(RunSettings, document.get("run") or {}, "run", problems)
+    if search is not None:
+        _check_chains(stages, baselines, search, catalog, problems)
+        if data is not None:
+            _check_validation(data, stages, search, problems)
+    if problems or data is None or search is None or run is None:
+        raise ConfigurationError(*problems)
+    return ExperimentSpec(
+        name=name, data=data, stages=stages, baselines=baselines, search=search, run=run, catalog=catalog
+    )
+
+
+def _parse_name(name: Any, problems: Problems) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        problems.add("name", f"expected letters, digits, '.', '_' or '-' (at most 100), got {name!r}")
+        return ""
+    return name
+
+
+def _stage_mappings(value: Any, path: str, problems: Problems) -> dict[str, dict[str, Any]]:
+    stages = {}
+    for name, stage in as_mapping(value, path, problems).items():
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in SECTIONS:
+            problems.add(f"{path}.{name}", "a stage name is lower-case letters, digits and '_', and no section's name")
+        stages[name] = as_mapping(stage, f"{path}.{name}", problems)
+    return stages
+
+
+def _parse_data(value: Any, catalog: Catalog, problems: Problems) -> DataSettings | None:
+    settings = as_mapping(value, "data", problems)
+    dataset = settings.pop("dataset", None)
+    if not isinstance(dataset, str):
+        problems.add("data.dataset", f"expected the name of a data set, got {dataset!r}. "
+                     f"Known: {', '.join(sorted(catalog.datasets))}")
+        return None
+    try:
+        source_class = catalog.dataset(dataset)
+    except UnknownNameError as error:
+        problems.add("data.dataset", str(error))
+        return None
+    common = {item.name for item in fields(DataSettings)} - {"source", "dataset"}
+    own = {item.name for item in fields(source_class)}  # type: ignore[arg-type]
+    for name in [name for name in settings if name not in common | own]:
+        problems.add(f"data.{name}", f"{name!r} is not a setting of data set {dataset!r}{nearest(name, common | own)}")
+        settings.pop(name)
+    source = parse(source_class, {key: item for key, item in settings.items() if key in own}, "data", problems)
+    if source is None:
+        return None
+    shared = {key: item for key, item in settings.items() if key in common}
+    return parse(DataSettings, {"dataset": dataset, "source": Typed(source), **shared}, "data", problems)
+
+
+def _parse_search(value: Any, stages: Mapping[str, Any], problems: Problems) -> SearchSettings | None:
+    settings = as_mapping(value, "search", problems)
+    objectives = _parse_objectives(settings.pop("objective", None), stages, problems)
+    space = {}
+    for path, domain in as_mapping(settings.pop("space", None), "search.space", problems).items():
+        if path.partition(".")[0] not in stages or "." not in path:
+            problems.add(f"search.space.{path}", f"expected STAGE.SETTING with a stage of this experiment; stages: {', '.join(stages)}")
+            continue
+        parsed = parse_domain(domain, f"search.space.{path}", problems)
+        if parsed is not None:
+            space[path] = parsed
+    if isinstance(settings.get("scheduler"), str):
+        settings["scheduler"] = {"name": settings["scheduler"]}
+    allowed = {item.name for item in fields(SearchSettings)} - {"objectives"} | {"objective"}
+    for name in [name for name in settings if name not in allowed]:
+        problems.add(f"search.{name}", f"{name!r} is not a setting of search{nearest(name, allowed)}")
+        settings.pop(name)
+    search = parse(
+        SearchSettings, {**settings, "space": Typed(space),
+                         "objectives": Typed(tuple(objectives))}, "search", problems,
+    )
+    if search is None or not objectives:
+        return None
+    ranges = [path for path, domain in space.items() if domain.kind != "grid"]
+    if search.algorithm == "grid" and ranges:
+        problems.add("search.algorithm", f"grid cannot draw from {', '.join(ranges)}; use {{grid: [...]}} there, or algorithm: random or optuna")
+    return search
+
+
+def _parse_objectives(value: Any, stages: Mapping[str, Any], problems: Problems) -> list[Objective]:
+    if value is None:
+        problems.add("search.objective", "is missing; for instance objective: {maximize: student.top1}")
+        return []
+    found = []
+    for item in value if isinstance(value, list) else [value]:
+        direction, name = next(iter(item.items())) if isinstance(item, Mapping) and len(item) == 1 else (None, None)
+        if direction not in ("maximize", "minimize") or not isinstance(name, str) or "." not in name:
+            problems.add("search.objective", f"expected {{maximize: STAGE.METRIC}} or {{minimize: ...}}, got {item!r}")
+        elif name.partition(".")[0] not in stages:
+            problems.add("search.objective", f"{name!r} names no stage of this experiment{nearest(name.partition('.')[0], stages)}")
+        else:
+            found.append(Objective(name=name, maximize=direction == "maximize"))
+    if len(found) > 2 or len({objective.stage for objective in found}) > 1:
+        problems.add("search.objective", "at most two objectives, both of the same stage")
+    return found
+
+
+def _check_chains(
+    stages: Mapping[str, Mapping[str, Any]],
+    baselines: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    search: SearchSettings,
+    catalog: Catalog,
+    problems: Problems,
+) -> None:
+    """Type the experiment itself, each baseline, and each value that the space may set, one at a time."""
+    target = search.objectives[0].stage
+    base = resolve_chain(stages, {}, target, catalog, problems)
+    used = set(base)
+    for label, replaced in baselines.items():
+        merged = with_baseline(stages, replaced)
+        own = Problems()
+        used |= set(resolve_chain(merged, {}, target, catalog, own))
+        for problem in own:
+            if problem not in problems:
+                problems.add("", problem.replace("stages.", f"baselines.{label}.", 1))
+    for name in stages:
+        if name not in used and not problems:
+            problems.add(f"stages.{name}", f"nothing leads from this stage to the objective's stage {target!r}; remove it or use ${name}")
+    for path, domain in search.space.items():
+        for value in domain.probes():
+            own = Problems()
+            resolve_chain(stages, {path: value}, target, catalog, own)
+            for problem in own:
+                if problem not in problems:
+                    problems.add("", f"search.space.{path} = {value!r}: {problem}")
+    if target in base:
+        known = catalog.method(base[target].method).evaluation_metrics + MEASURED
+        for objective in search.objectives:
+            if objective.metric.startswith("test_"):
+                problems.add("search.objective", f"{objective.name!r} reads the test set; choices read the validation split: use {objective.stage}.{objective.metric.removeprefix('test_')}")
+            elif objective.metric not in known:
+                problems.add("search.objective", f"stage {target!r} reports no {objective.metric!r}{nearest(objective.metric, known)}")
+
+
+def _check_validation(
+    data: DataSettings, stages: Mapping[str, Mapping[str, Any]], search: SearchSettings, problems: Problems
+) -> None:
+    keeps_best = any(as_mapping(stage.get("train"), "", Problems()).get("keep") == "best" for stage in stages.values())
+    if data.validation == 0.0 and (search.space or search.scheduler.name != "none" or keeps_best):
+        problems.add("data.validation", "is 0, but this experiment makes choices (search space, scheduler or keep: best); hold out a part of the training data, for instance 0.1")

@@ -1,0 +1,122 @@
+"""Everything that changes while a method trains, and how it goes into a checkpoint and comes back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from methods.base import Method
+from orchestrator.errors import StillhouseError
+from orchestrator.optimisation import TrainSettings, Updater, WeightAverage
+from orchestrator.training import Clock, Row
+from orchestrator.workers import Workers
+
+__all__ = ["RunState"]
+
+SAVED_AS_THEY_ARE = ("epoch", "position", "names", "history", "best", "learning_rate")
+
+
+class RunState:
+    """A training under way: networks, optimizer, average, place in the data, sums of the epoch, history, time."""
+
+    def __init__(
+        self, method: Method, settings: TrainSettings, *, device: torch.device, workers: Workers, clock: Clock
+    ) -> None:
+        self.method, self.device, self.workers, self.clock = method.to(device), device, workers, clock
+        parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
+        self.updater = Updater(settings, parameters, device=device, workers=workers)
+        self.average = WeightAverage(method, settings.ema_decay) if settings.ema_decay > 0 else None
+        self.epoch = self.position = self.resumed_epochs = self.num_rows = 0
+        self.sums: Tensor | None = None
+        self.names: list[str] = []
+        self.history: list[Row] = []
+        self.best: dict[str, Any] | None = None
+        self.learning_rate = settings.learning_rate
+        self._started = clock(), time.process_time()
+        self._earlier = 0.0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall time up to now, that of earlier attempts included."""
+        return self._earlier[0] + self.clock() - self._started[0]
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU time of this process up to now, that of earlier attempts included."""
+        return self._earlier[1] + time.process_time() - self._started[1]
+
+    def add(self, names: list[str], values: Tensor, num_rows: int) -> None:
+        """Add means over ``num_rows`` rows to the sums of this epoch, on the device."""
+        if self.sums is None:
+            self.names, self.sums = names, torch.zeros_like(values)
+        elif names != self.names:
+            raise ValueError(
+                f"{type(self.method).__name__} must give the same losses and metrics in each step of an epoch: "
+                f"got {names} after {self.names}"
+            )
+        self.sums.add_(values, alpha=num_rows)
+        self.num_rows += num_rows
+
+    def finish_epoch(self) -> Row:
+        """Means over the rows of all workers since the epoch began; the next epoch begins."""
+        assert self.sums is not None
+        rows = torch.tensor(self.num_rows, dtype=torch.float64)
+        totals = self.workers.all_reduce_sum({"sums": self.sums, "rows": rows})
+        means = (totals["sums"].cpu() / totals["rows"].cpu()).tolist()
+        self.epoch, self.position, self.sums, self.num_rows = self.epoch + 1, 0, None, 0
+        return dict(zip(self.names, means, strict=True))
+
+    def tree(self) -> dict[str, Any]:
+        """The state as a checkpoint keeps it. Every worker takes part; the tensors are live."""
+        gather = self.workers.gather
+        is_cuda = self.device.type == "cuda"
+        return {
+            "method": self.method.state_dict(),
+            **self.updater.state(),
+            "average": None if self.average is None else self.average.average,
+            "random": gather(torch.get_rng_state()),
+            "random_cuda": gather(torch.cuda.get_rng_state(self.device)) if is_cuda else None,
+            "sums": None if self.sums is None else gather(self.sums),
+            "num_rows": gather(torch.tensor(self.num_rows)),
+            "seconds": (self.seconds, self.cpu_seconds),
+            **{name: getattr(self, name) for name in SAVED_AS_THEY_ARE},
+        }
+
+    def restore(self, tree: Mapping[str, Any] | None) -> None:
+        """Continue where ``tree`` was taken; None begins anew. Random streams follow only if no worker was added."""
+        self._refuse_discord(tree)
+        if tree is None:
+            return
+        self.method.load_state_dict(tree["method"])
+        self.updater.load_state(tree)
+        if self.average is not None:
+            self.average.load_state(tree["average"])
+        for name in SAVED_AS_THEY_ARE:
+            setattr(self, name, tree[name])
+        self.history = list(self.history)
+        self.resumed_epochs, self._earlier = self.epoch, tuple(tree["seconds"])
+        self.sums = None if tree["sums"] is None else self._own_share(tree["sums"]).to(self.device)
+        self.num_rows = int(self._own_share(tree["num_rows"]))
+        if len(tree["random"]) == self.workers.size:
+            torch.set_rng_state(tree["random"][self.workers.rank])
+            if tree["random_cuda"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(tree["random_cuda"][self.workers.rank], self.device)
+
+    def _own_share(self, gathered: Tensor) -> Tensor:
+        """This worker's part of saved sums; with another number of workers than then, worker 0 takes them all."""
+        if len(gathered) == self.workers.size:
+            return gathered[self.workers.rank].clone()
+        return gathered.sum(0) * int(self.workers.rank == 0)
+
+    def _refuse_discord(self, tree: Mapping[str, Any] | None) -> None:
+        place = [-1, -1] if tree is None else [tree["epoch"], tree["position"]]
+        places = self.workers.gather(torch.tensor(place)).tolist()
+        if any(other != place for other in places):
+            raise StillhouseError(
+                f"workers found checkpoints at different places (epoch, batch): {places}. All of them must read the "
+                "same storage: is it shared between their machines?"
+            )

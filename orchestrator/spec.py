@@ -1,0 +1,191 @@
+"""The typed form of an experiment: sections with their settings, checked completely before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from methods.catalog import Catalog
+from methods.data.augment import Augment
+from methods.data.base import DataSource
+from orchestrator.chain import Chain, resolve_chain, with_baseline
+from orchestrator.errors import ConfigurationError
+from orchestrator.settings import Problems
+from orchestrator.space import Domain
+
+__all__ = [
+    "ConfirmSettings",
+    "DataSettings",
+    "ExperimentSpec",
+    "Objective",
+    "RunSettings",
+    "SchedulerSettings",
+    "SearchSettings",
+]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """What the search optimises: a metric of the last stage, on the validation split."""
+
+    name: str
+    """``STAGE.METRIC``"""
+    maximize: bool
+
+    @property
+    def stage(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def metric(self) -> str:
+        return self.name.partition(".")[2]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSettings:
+    """The data section: which data set, what is held out, how training images are augmented."""
+
+    source: DataSource
+    """The data set with its own settings."""
+    dataset: str
+    """A name from the data set table."""
+    validation: float = 0.1
+    """Fraction of the training data held out, stratified by class. Every choice reads this split."""
+    split_seed: int = 0
+    """Which validation split is drawn."""
+    augment: Augment | None = None
+    """Augmentation of training images; the data set's own by default."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.validation < 1.0:
+            raise ValueError(f"validation must be a fraction in [0, 1), got {self.validation}")
+
+    @property
+    def active_augment(self) -> Augment:
+        return self.source.default_augment if self.augment is None else self.augment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerSettings:
+    """Which trials are stopped early."""
+
+    name: Literal["none", "asha", "median"] = "none"
+    """``asha``: keep the best fraction at each rung. ``median``: stop what is below the running median."""
+    grace_epochs: int = 1
+    """No trial is stopped before this epoch of its last stage."""
+    reduction_factor: float = 3.0
+    """ASHA keeps one in this many at each rung."""
+
+    def __post_init__(self) -> None:
+        if self.grace_epochs < 1:
+            raise ValueError(f"grace_epochs must be at least 1, got {self.grace_epochs}")
+        if self.reduction_factor <= 1:
+            raise ValueError(f"reduction_factor must be greater than 1, got {self.reduction_factor}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConfirmSettings:
+    """After the search: run the best points again on more seeds."""
+
+    top: int = 0
+    """How many of the best points (chosen on validation) are confirmed. 0 turns it off."""
+    seeds: int = 3
+    """How many seeds a confirmed point, and every baseline, has in the end."""
+
+    def __post_init__(self) -> None:
+        if self.top < 0 or self.seeds < 1:
+            raise ValueError(f"top must be at least 0 and seeds at least 1, got {self.top} and {self.seeds}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchSettings:
+    """What varies, what is optimised, and by which algorithm."""
+
+    objectives: tuple[Objective, ...]
+    """One, or two for a Pareto front (``algorithm: optuna`` then uses NSGA-II)."""
+    space: Mapping[str, Domain] = field(default_factory=dict)
+    """``STAGE.SETTING`` -> domain."""
+    algorithm: Literal["grid", "random", "optuna"] = "grid"
+    """How points are chosen."""
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    """Early stopping."""
+    num_samples: int = 16
+    """How many points ``random`` and ``optuna`` draw; ``grid`` takes all."""
+    seeds: int = 1
+    """How often each point is run; it is judged by its mean."""
+    seed: int = 0
+    """Seed of the search itself."""
+    confirm: ConfirmSettings = field(default_factory=ConfirmSettings)
+    """More seeds for the best points."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if len(self.objectives) > 1 and self.scheduler.name != "none":
+            raise ValueError(f"scheduler {self.scheduler.name!r} needs a single objective; use scheduler: none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSettings:
+    """Where and with what the stages run. Nothing in here changes a result, and nothing in here is in a key."""
+
+    workers: int = 1
+    """Ray Train workers of each stage; a stage with one worker runs in the trial's own process."""
+    cpus_per_worker: int = 1
+    """CPU cores, and torch threads, of each worker."""
+    gpus_per_worker: float = 0.0
+    """GPUs of each worker; a fraction lets several trials share one."""
+    concurrent_trials: int | None = None
+    """Upper bound of trials at a time; by default as many as fit."""
+    storage: str = "runs"
+    """Artifacts, checkpoints and reports: a folder or an fsspec URL that every node reaches."""
+    tracking: str | None = None
+    """MLflow tracking URI; an SQLite file beside the reports by default."""
+    max_failures: int = 2
+    """How often a trial is started again after its process or node died."""
+    checkpoint_seconds: float = 30.0
+    """At most this much training is lost when a stage is killed."""
+    lease_seconds: float = 30.0
+    """A stage whose holder gave no sign of life for this long is taken over."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "cpus_per_worker"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.concurrent_trials is not None and self.concurrent_trials < 1:
+            raise ValueError(f"concurrent_trials must be at least 1, got {self.concurrent_trials}")
+        for name in ("gpus_per_worker", "max_failures", "checkpoint_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.lease_seconds < 1:
+            raise ValueError(f"lease_seconds must be at least 1, got {self.lease_seconds}")
+        if not self.storage:
+            raise ValueError("storage must name a folder or URL, got ''")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentSpec:
+    """A whole experiment, valid in itself. Whether its data and storage exist is looked at when it is planned."""
+
+    name: str
+    data: DataSettings
+    stages: Mapping[str, Mapping[str, Any]]
+    baselines: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    search: SearchSettings
+    run: RunSettings
+    catalog: Catalog
+
+    @property
+    def target(self) -> str:
+        """The stage that is optimised: the last of every trial's chain."""
+        return self.search.objectives[0].stage
+
+    def chain(self, label: str | None, values: Mapping[str, Any]) -> Chain:
+        """The typed stages of a point (of the baseline ``label``, or of the experiment itself)."""
+        problems = Problems()
+        stages = self.stages if label is None else with_baseline(self.stages, self.baselines[label])
+        chain = resolve_chain(stages, values, self.target, self.catalog, problems)
+        if problems:
+            raise ConfigurationError(*problems)
+        return chain

@@ -1,0 +1,203 @@
+"""Run one stage: from its inputs in the store to a finished artifact."""
+
+from __future__ import annotations
+
+import json
+import platform
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version as installed_version
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from methods.base import Method, ModelSettings, Source, Task
+from methods.catalog import Catalog
+from methods.data.base import ImageData
+from methods.data.randomness import derive_seed
+from methods.data.split import stratified_split
+from methods.data.stream import Stream
+from orchestrator.errors import ConfigurationError, DamagedArtifactError, OutOfMemoryError
+from orchestrator.loop import Row, Training, evaluate, train
+from orchestrator.plan import PlannedStage
+from orchestrator.settings import Problems, parse, to_plain
+from orchestrator.spec import DataSettings, RunSettings
+from orchestrator.store import Store
+from orchestrator.workers import SOLO, Workers
+
+__all__ = ["StageRunner", "load_source"]
+
+EVALUATION_BATCH_SIZE = 500
+
+
+def load_source(store: Store, key: str, catalog: Catalog) -> Source:
+    """The artifact ``key`` and, through it, its inputs, as methods see them. Checksums are verified."""
+    manifest = store.manifest(key)
+    problems = Problems()
+    method = catalog.method(manifest["content"]["method"])
+    settings = parse(method.Settings, manifest["settings"], "settings", problems)
+    model = parse(ModelSettings, manifest["model"], "model", problems) if manifest["model"] else None
+    task = parse(Task, manifest["task"], "task", problems)
+    if problems or task is None:
+        raise DamagedArtifactError(f"artifact {key}: its manifest cannot be understood: {'; '.join(problems)}")
+    return Source(
+        key=key,
+        method=manifest["content"]["method"],
+        settings=settings,
+        model=model,
+        task=task,
+        weights=load_tensors(store.read(key, "weights.safetensors")),
+        inputs={role: load_source(store, source, catalog) for role, source in manifest["inputs"].items()},
+        catalog=catalog,
+    )
+
+
+@dataclass(frozen=True)
+class StageRunner:
+    """Everything that stages of one experiment have in common, on one process or as one of several workers."""
+
+    store: Store
+    catalog: Catalog
+    data: DataSettings
+    run: RunSettings
+    load_data: Callable[[], ImageData]
+    workers: Workers = SOLO
+
+    def execute(self, stage: PlannedStage, report: Callable[[Row], bool | None]) -> None:
+        """Train ``stage`` (from its last checkpoint, if there is one) and put its artifact into the store.
+
+        ``report`` gets each epoch's row on the first worker; it may raise, or return True, to stop.
+        """
+        torch.set_num_threads(self.run.cpus_per_worker)
+        device = pick_device(self.run.gpus_per_worker)
+        data = self.load_data()
+        task = data.task()
+        with out_of_memory_named(stage, device):
+            method = self._build(stage, task, device)
+            streams = self._streams(stage, data, device)
+            training = train(
+                method,
+                settings=stage.spec.train,
+                training=streams["training"],
+                validation=streams["validation"] if self.data.validation > 0 else None,
+                seed=derive_seed(stage.seed, "train", stage.spec.method),
+                device=device,
+                workers=self.workers,
+                checkpoints=self.store.checkpoints(stage.key),
+                observe=report,
+                checkpoint_seconds=self.run.checkpoint_seconds,
+            )
+            method.artifact().load_state_dict(training.weights)
+            test = evaluate(method, streams["test"], device=device, workers=self.workers)
+        if self.workers.rank == 0:
+            self._put(stage, task, data, method, training, test, device)
+
+    def _build(self, stage: PlannedStage, task: Task, device: torch.device) -> Method:
+        spec = stage.spec
+        inputs = {role: load_source(self.store, key, self.catalog).teacher().to(device) for role, key in stage.inputs.items()}
+        for role, teacher in inputs.items():
+            if teacher.num_classes != task.num_classes:
+                raise ConfigurationError(f"stages.{stage.name}.{role}: teacher {teacher.key[:8]} has {teacher.num_classes} classes, the data set {task.num_classes}")
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(stage.seed, "initialise", spec.method))
+            model = self.catalog.build_model(spec.model, task) if spec.model else None
+            method = self.catalog.method(spec.method)(spec.settings, task=task, model=model, inputs=inputs)
+        return method.to(device)
+
+    def _streams(self, stage: PlannedStage, data: ImageData, device: torch.device) -> dict[str, Stream]:
+        kept, held_out = stratified_split(data.train.labels, self.data.validation, self.data.split_seed)
+        common: dict[str, Any] = {
+            "mean": data.mean, "std": data.std, "device": device,
+            "rank": self.workers.rank, "num_workers": self.workers.size,
+        }  # fmt: skip
+        fixed = {"batch_size": EVALUATION_BATCH_SIZE, "seed": 0, "augment": None, "shuffle": False, **common}
+        return {
+            "training": Stream(
+                data.train, indices=kept, batch_size=stage.spec.train.batch_size,
+                seed=derive_seed(stage.seed, "data", stage.spec.method), augment=self.data.active_augment,
+                shuffle=True, **common,
+            ),
+            "validation": Stream(data.train, indices=held_out, **fixed),
+            "test": Stream(data.test, indices=None, **fixed),
+        }  # fmt: skip
+
+    def _put(
+        self, stage: PlannedStage, task: Task, data: ImageData, method: Method, training: Training,
+        test: Mapping[str, float], device: torch.device,
+    ) -> None:  # fmt: skip
+        metrics = {**training.metrics, **{f"test_{name}": value for name, value in test.items()}}
+        num_parameters = sum(parameter.numel() for parameter in method.artifact().parameters())
+        manifest = {
+            "name": stage.name,
+            "content": dict(stage.content),
+            "settings": to_plain(stage.spec.settings),
+            "model": to_plain(stage.spec.model),
+            "train": to_plain(stage.spec.train),
+            "task": to_plain(task),
+            "normalisation": {"mean": list(data.mean), "std": list(data.std)},
+            "class_names": list(data.class_names),
+            "dataset": self.data.dataset,
+            "seed": stage.seed,
+            "inputs": dict(stage.inputs),
+            "signature": stage.signature,
+            "metrics": {**metrics, "num_parameters": float(num_parameters), "seconds": training.seconds},
+            "epochs": stage.epochs,
+            "cost": {
+                "seconds": training.seconds,
+                "cpu_seconds": training.cpu_seconds,
+                "gpu_seconds": training.seconds * self.run.gpus_per_worker * self.workers.size,
+                "peak_memory_bytes": training.peak_memory_bytes,
+                "resumed_epochs": training.resumed_epochs,
+            },
+            "placement": {
+                "host": socket.gethostname(),
+                "device": device_name(device),
+                "workers": self.workers.size,
+                "batch_per_worker": stage.spec.train.batch_size // self.workers.size,
+            },
+            "versions": versions(),
+            "finished": time.time(),
+        }
+        files = {
+            "weights.safetensors": save_tensors({name: tensor.contiguous() for name, tensor in training.weights.items()}),
+            "history.json": json.dumps(training.history).encode(),
+        }
+        self.store.put(stage.key, files, manifest)
+        self.store.checkpoints(stage.key).delete()
+
+
+def pick_device(gpus_per_worker: float) -> torch.device:
+    """The GPU that Ray made visible when the worker was given one, else the CPU."""
+    if gpus_per_worker == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigurationError("run.gpus_per_worker is set, but torch sees no GPU on this node; check the driver, or set it to 0")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
+def versions() -> dict[str, str]:
+    return {name: installed_version(name) for name in ("stillhouse", "torch", "ray", "numpy")}
+
+
+@contextmanager
+def out_of_memory_named(stage: PlannedStage, device: torch.device) -> Iterator[None]:
+    """Turn every way of running out of memory into our own error, with the stage, the device and the peak."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else float("nan")
+        raise OutOfMemoryError(
+            f"stage {stage.name} ({stage.key[:8]}) ran out of memory on {device_name(device)}, peak {peak:.0f} MiB, "
+            f"batch_size {stage.spec.train.batch_size}; make the batch smaller or train.accumulate larger"
+        ) from error

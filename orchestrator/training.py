@@ -1,0 +1,71 @@
+"""What the training loop takes and gives: streams of batches, a slot for checkpoints, rows, and the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from methods.base import Batch
+from orchestrator.errors import StillhouseError
+
+__all__ = ["BatchStream", "CheckpointSlot", "Clock", "Observer", "Row", "StopTraining", "Training"]
+
+Row = dict[str, float]
+"""Numbers of one finished epoch: ``epoch`` (from 1), ``time``, ``learning_rate``, ``train_*`` and validation."""
+Observer = Callable[[Row], bool | None]
+"""Sees finished epochs; True stops the run."""
+Clock = Callable[[], float]
+"""Seconds that only grow."""
+
+
+class StopTraining(StillhouseError):  # noqa: N818 - a decision, not an error
+    """The observer asked to stop after an epoch. A checkpoint of that epoch is in the slot."""
+
+
+class BatchStream(Protocol):
+    """This worker's share of each batch. ``batch_size`` and ``num_samples`` count over all workers."""
+
+    batch_size: int
+    num_batches: int
+
+    @property
+    def num_samples(self) -> int: ...
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches of ``epoch`` (from 0), from batch number ``start`` on: the same whenever they are asked for."""
+        ...
+
+
+class CheckpointSlot(Protocol):
+    """Where the latest state of a run is kept: a tree of dicts, lists, tuples, numbers, text, None and tensors."""
+
+    def load(self) -> Mapping[str, Any] | None:
+        """The tree saved last, or None. Called once by every worker."""
+        ...
+
+    def save(self, tree: Mapping[str, Any]) -> None:
+        """Keep ``tree`` as the latest. Called by worker 0. The tensors are live: read them before returning."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a finished training leaves."""
+
+    history: list[Row]
+    """One row per epoch, those before an interruption included."""
+    weights: dict[str, Tensor]
+    """State of ``method.artifact()`` that is kept, on the CPU."""
+    metrics: dict[str, float]
+    """Metrics of the kept epoch."""
+    seconds: float
+    """Wall time, that of earlier attempts up to their last checkpoint included."""
+    cpu_seconds: float
+    """CPU time of this worker's process, counted alike."""
+    peak_memory_bytes: int
+    """Peak memory allocated on the GPU, or peak resident size of the whole process on the CPU."""
+    resumed_epochs: int
+    """Epochs that came from a checkpoint and were not trained now."""

@@ -1,0 +1,182 @@
+"""A trial: walk the chain of stages, using what is stored and making what is missing."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.dispatch import Outcome
+from orchestrator.errors import (
+    ConfigurationError,
+    DamagedArtifactError,
+    DivergedError,
+    MissingArtifactError,
+    OutOfMemoryError,
+    StageFailedError,
+    StorageError,
+)
+from orchestrator.lease import Lease
+from orchestrator.loop import Row
+from orchestrator.plan import PlannedStage, Trial
+from orchestrator.spec import Objective
+from orchestrator.store import Store
+
+__all__ = ["TrialRunner", "objective_values", "recall"]
+
+logger = logging.getLogger(__name__)
+
+Execute = Callable[[PlannedStage, Callable[[Row], bool | None]], None]
+"""Trains one stage and puts its artifact into the store."""
+
+PAUSES_SECONDS = (1.0, 4.0, 15.0)
+"""Before each repetition of a stage that met a passing trouble of the storage."""
+
+NUM_REBUILDS = 3
+"""How many damaged or missing artifacts one trial repairs before it gives up."""
+
+
+class _BusyElsewhereError(Exception):
+    """Somebody else holds the lease of a stage that this trial needs."""
+
+
+@dataclass(frozen=True)
+class TrialRunner:
+    """Walks trials. ``run_id`` names this run of the sweep: a failure is not repeated within it."""
+
+    store: Store
+    execute: Execute
+    objectives: tuple[Objective, ...]
+    run_id: str
+
+    def run(self, trial: Trial, report: Callable[[Row], bool | None]) -> Outcome:
+        """Make what ``trial`` lacks. Only the last stage's epochs are reported; ``report`` may raise to stop.
+
+        A failure becomes an outcome with its reason, so that one broken trial never ends the sweep.
+        """
+        try:
+            for repairs_left in reversed(range(NUM_REBUILDS + 1)):
+                try:
+                    return self._walk(trial, report)
+                except (DamagedArtifactError, MissingArtifactError) as error:
+                    if repairs_left == 0:
+                        raise
+                    self._set_aside_damaged(trial, error)
+            raise AssertionError("unreachable: the last repair either returns or raises")
+        except _BusyElsewhereError:
+            return Outcome(status="deferred")
+        except Exception as error:  # the outcome carries it: type, text and, in the store, the traceback
+            return Outcome(status="failed", reason=f"{type(error).__name__.removesuffix('Error')}: {error}")
+
+    def _walk(self, trial: Trial, report: Callable[[Row], bool | None]) -> Outcome:
+        for stage in trial.stages:
+            if not self.store.has(stage.key):
+                self._make(stage, report if stage is trial.final else None)
+        return Outcome(status="done", values=objective_values(self.store, trial, self.objectives))
+
+    def _make(self, stage: PlannedStage, report: Callable[[Row], bool | None] | None) -> None:
+        self._refuse_known_failure(stage)
+        lease = self.store.lease(stage.key)
+        if lease is None:
+            raise _BusyElsewhereError
+        with lease:
+            if self.store.has(stage.key):  # finished between our look and our lease
+                return
+            started = time.time()
+            try:
+                self._execute_with_pauses(stage, lease, report)
+            except (DamagedArtifactError, MissingArtifactError, StorageError):
+                raise
+            except Exception as error:
+                self._record_failure(stage, error)
+                raise
+            self._record_cost(stage, time.time() - started)
+
+    def _execute_with_pauses(
+        self, stage: PlannedStage, lease: Lease, report: Callable[[Row], bool | None] | None
+    ) -> None:
+        rows: list[Row] = []
+
+        def observe(row: Row) -> bool | None:
+            rows.append(row)
+            lease.update({"name": stage.name, "epoch": row["epoch"], "epochs": stage.epochs, "rows": rows})
+            return report(row) if report is not None else None
+
+        lease.update({"name": stage.name, "epoch": 0, "epochs": stage.epochs, "rows": rows})
+        for pause in (*PAUSES_SECONDS, None):
+            try:
+                self.execute(stage, observe)
+                return
+            except (DamagedArtifactError, MissingArtifactError):
+                raise
+            except StorageError as error:
+                if pause is None:
+                    raise
+                logger.warning("stage %s (%s): %s; trying again in %.0f s", stage.name, stage.key[:8], error, pause)
+                rows.clear()
+                time.sleep(pause)
+
+    def _refuse_known_failure(self, stage: PlannedStage) -> None:
+        failure = self.store.read_json(_failure_path(stage.key))
+        if failure and (failure["kind"] == DivergedError.__name__ or failure["run"] == self.run_id):
+            raise StageFailedError(f"stage {stage.name} ({stage.key[:8]}) failed: {failure['reason']}")
+
+    def _record_failure(self, stage: PlannedStage, error: Exception) -> None:
+        if isinstance(error, StageFailedError | _BusyElsewhereError):
+            return
+        if not isinstance(error, ConfigurationError | DivergedError | OutOfMemoryError):
+            logger.warning("stage %s (%s) failed", stage.name, stage.key[:8], exc_info=error)
+        record = {
+            "name": stage.name,
+            "kind": type(error).__name__,
+            "reason": str(error),
+            "run": self.run_id,
+            "traceback": traceback.format_exc(),
+            "at": time.time(),
+        }
+        self.store.write_json(_failure_path(stage.key), record)
+
+    def _record_cost(self, stage: PlannedStage, seconds: float) -> None:
+        """Remember what an epoch of this kind of stage took, whole stage included, for later estimates."""
+        path = f"costs/{stage.signature}.json"
+        known = self.store.read_json(path) or {"seconds_per_epoch": []}
+        known["seconds_per_epoch"] = [*known["seconds_per_epoch"], seconds / stage.epochs][-16:]
+        self.store.write_json(path, known)
+
+    def _set_aside_damaged(self, trial: Trial, error: StorageError) -> None:
+        logger.warning("%s; it is built again", error)
+        for stage in trial.stages[:-1]:
+            if self.store.has(stage.key):
+                try:
+                    self.store.verify(stage.key)
+                except DamagedArtifactError as damage:
+                    self.store.set_aside(stage.key, str(damage))
+
+
+def _failure_path(key: str) -> str:
+    return f"failures/{key}.json"
+
+
+def objective_values(store: Store, trial: Trial, objectives: tuple[Objective, ...]) -> tuple[float, ...]:
+    """The trial's worth, from the manifest of its finished last stage."""
+    metrics: dict[str, Any] = store.manifest(trial.key)["metrics"]
+    names = [objective.metric for objective in objectives]
+    absent = [name for name in names if name not in metrics]
+    if absent:
+        raise ConfigurationError(f"stage {trial.final.name} ({trial.key[:8]}) reported no {', '.join(absent)}; it has {', '.join(sorted(metrics))}")
+    return tuple(float(metrics[name]) for name in names)
+
+
+def recall(store: Store, trial: Trial, objectives: tuple[Objective, ...]) -> Outcome | None:
+    """How ``trial`` ended in an earlier run, when its artifact is in the store."""
+    if not store.has(trial.key):
+        return None
+    try:
+        return Outcome(status="done", values=objective_values(store, trial, objectives))
+    except DamagedArtifactError as damage:
+        logger.warning("%s; it is built again", damage)
+        store.set_aside(trial.key, str(damage))
+        return None

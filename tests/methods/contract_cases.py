@@ -1,0 +1,122 @@
+"""One row per way to build a method: a new method joins the contract tests by adding its rows here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from methods import BUILTIN, METHODS, Batch, Method, ModelSettings, Source, Task
+
+TASK = Task(num_classes=5, in_channels=1, image_size=8)
+MODEL = ModelSettings(name="mini_cnn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodCase:
+    """How to build a method, and which of its settings are weights of losses."""
+
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Role -> name of the case whose artifact fills it."""
+    weights: tuple[str, ...] = ()
+    """Settings that may be 0, one at a time."""
+
+
+VIEW_WEIGHTS = ("feature_inter_weight", "feature_intra_weight", "logit_inter_weight", "logit_intra_weight")
+STUDENT_WEIGHTS = ("kd_weight", "ce_weight", "view_weight")
+SMALL: dict[str, Any] = {"num_branches": 3}
+
+CASES: dict[str, MethodCase] = {
+    "supervised": MethodCase(method="supervised", settings={"label_smoothing": 0.1}),
+    "kd": MethodCase(method="kd", inputs={"teacher": "supervised"}, weights=("kd_weight", "ce_weight")),
+    "kd-of-views": MethodCase(method="kd", inputs={"teacher": "views"}, weights=("kd_weight", "ce_weight")),
+    "views": MethodCase(
+        method="angular_views", settings=SMALL, inputs={"teacher": "supervised"}, weights=VIEW_WEIGHTS
+    ),
+    "views-single": MethodCase(
+        method="angular_views",
+        settings={"num_branches": 1, "bn_init": "standard"},
+        inputs={"teacher": "supervised"},
+        weights=VIEW_WEIGHTS,
+    ),
+    "views-hinge": MethodCase(
+        method="angular_views",
+        settings={**SMALL, "constraint": "hinge", "intra_reduction": "per_sample", "offset_space": "unit"},
+        inputs={"teacher": "supervised"},
+        weights=VIEW_WEIGHTS,
+    ),
+    "views-released": MethodCase(
+        method="angular_views",
+        settings={**SMALL, "preset": "released"},
+        inputs={"teacher": "supervised"},
+        weights=VIEW_WEIGHTS,
+    ),
+    "student": MethodCase(method="angular_kd", inputs={"teacher": "views"}, weights=STUDENT_WEIGHTS),
+    "student-frozen": MethodCase(
+        method="angular_kd",
+        settings={"heads": "frozen"},
+        inputs={"teacher": "views"},
+        weights=STUDENT_WEIGHTS,
+    ),
+    "student-attached": MethodCase(
+        method="angular_kd",
+        settings={"detach_target": False},
+        inputs={"teacher": "views"},
+        weights=STUDENT_WEIGHTS,
+    ),
+    "student-released": MethodCase(
+        method="angular_kd", inputs={"teacher": "views-released"}, weights=("kd_weight", "ce_weight")
+    ),
+}
+
+
+def build(name: str, *, seed: int = 0, **changes: Any) -> Method:
+    """A fresh method of the case, its inputs untrained; ``changes`` replace settings."""
+    case = CASES[name]
+    method = METHODS[case.method]
+    teachers = {role: finished(build(other, seed=7), other).teacher() for role, other in case.inputs.items()}
+    torch.manual_seed(seed)
+    model = BUILTIN.build_model(MODEL, TASK) if method.needs_model else None
+    settings = method.Settings(**{**case.settings, **changes})
+    return method(settings, task=TASK, model=model, inputs=teachers)
+
+
+def finished(method: Method, name: str) -> Source:
+    """The artifact that ``method`` of the case leaves when it stops now."""
+    case = CASES[name]
+    return Source(
+        key=f"key-of-{name}",
+        method=case.method,
+        settings=method.settings,
+        model=MODEL if type(method).needs_model else None,
+        task=TASK,
+        weights={key: value.clone() for key, value in method.artifact().state_dict().items()},
+        inputs={role: finished(build(other, seed=7), other) for role, other in case.inputs.items()},
+        catalog=BUILTIN,
+    )
+
+
+def make_batch(size: int = 12, *, seed: int = 1, scale: float = 1.0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    images = scale * torch.randn(size, 1, 8, 8, generator=generator)
+    labels = torch.randint(TASK.num_classes, (size,), generator=generator)
+    return Batch(images=images, labels=labels, indices=torch.arange(size))
+
+
+def trained_steps(method: Method, num_steps: int, *, learning_rate: float = 0.01) -> list[Tensor]:
+    """Totals of plain SGD steps on changing batches."""
+    optimizer = torch.optim.SGD(method.parameters(), lr=learning_rate)
+    method.train()
+    totals = []
+    for step in range(num_steps):
+        total = method(make_batch(seed=step)).total
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(total.detach())
+    return totals
