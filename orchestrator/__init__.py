@@ -1,0 +1,18 @@
+"""Stillhouse: sweeps of knowledge distillation in which shared stages run once."""
+
+from orchestrator.api import Experiment
+from orchestrator.errors import ConfigurationError, StillhouseError
+from orchestrator.result import Result
+from orchestrator.space import choice, grid, loguniform, randint, uniform
+
+__all__ = [
+    "ConfigurationError",
+    "Experiment",
+    "Result",
+    "StillhouseError",
+    "choice",
+    "grid",
+    "loguniform",
+    "randint",
+    "uniform",
+]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -13,7 +15,9 @@ from torch import Tensor
 from methods.base import Task
 from orchestrator.errors import ConfigurationError
 
-__all__ = ["BundleSettings", "read_bundle", "write_bundle"]
+__all__ = ["BundleSettings", "read_bundle", "requirements", "write_bundle"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,3 +60,14 @@ def read_bundle(folder: Path) -> BundleSettings:
         raise ConfigurationError(
             f"model bundle {path} cannot be read: {type(problem).__name__}: {problem}"
         ) from problem
+
+
+def requirements() -> list[str]:
+    """What loading needs, with the versions in use (without local suffixes such as +cu126)."""
+    found = []
+    for package in ("stillhouse", "torch", "safetensors", "numpy"):
+        try:
+            found.append(f"{package}=={version(package).partition('+')[0]}")
+        except PackageNotFoundError:
+            logger.debug("%s is not an installed package: not listed as a requirement", package)
+    return found

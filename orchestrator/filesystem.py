@@ -112,6 +112,8 @@ def _missing_library(place: str) -> str:
 def _remedy(error: Exception) -> str:
     if isinstance(error, PermissionError) and error.errno is None:
         return "access denied: check the credentials and the permissions of the bucket"
+    if isinstance(error, FileNotFoundError) and error.errno is None:
+        return "create the bucket first, or set run.storage to another place"
     if type(error).__name__ == "NoCredentialsError":
         return "no credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role"
     number = error.errno if isinstance(error, OSError) else None

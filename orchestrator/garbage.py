@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.errors import DamagedArtifactError, MissingArtifactError
 from orchestrator.filesystem import Entry, Files
-from orchestrator.sealed import MANIFEST
+from orchestrator.sealed import MANIFEST, is_key
 
 if TYPE_CHECKING:
     from orchestrator.store import Store
@@ -15,22 +15,24 @@ if TYPE_CHECKING:
 __all__ = ["collect", "reachable"]
 
 
-def collect(store: Store, files: Files, roots: Iterable[str], grace_seconds: float) -> list[str]:
-    """Paths to delete, markers before the files they vouch for."""
+def collect(store: Store, files: Files, roots: Iterable[str], grace_seconds: float) -> list[tuple[str, str]]:
+    """Pairs of key and path to delete, markers before the files they vouch for."""
     if grace_seconds < 0:
         raise ValueError(f"grace_seconds must not be negative, got {grace_seconds}")
     needed = reachable(store, roots)
     oldest_kept = store.clock.time() - grace_seconds
-    doomed: list[str] = []
+    doomed: list[tuple[str, str]] = []
     for key, entries in _by_key(files, "artifacts", depth=2).items():
-        doomed += _doomed_of_artifact(store, key, entries, key in needed, oldest_kept)
+        doomed += [
+            (key, path) for path in _doomed_of_artifact(store, key, entries, key in needed, oldest_kept)
+        ]
     for key, entries in _by_key(files, "work", depth=1).items():
         unneeded = key not in needed or store.has(key)
         if unneeded and _is_old(entries, oldest_kept) and store.holder(key) is None:
-            doomed.append(f"work/{key}")
+            doomed.append((key, f"work/{key}"))
     for key, entries in _by_key(files, "leases", depth=1).items():
         if _is_old(entries, oldest_kept) and store.holder(key) is None:
-            doomed.append(f"leases/{key}")
+            doomed.append((key, f"leases/{key}"))
     return doomed
 
 
@@ -79,7 +81,7 @@ def _by_key(files: Files, folder: str, *, depth: int) -> dict[str, list[Entry]]:
     found: dict[str, list[Entry]] = {}
     for entry in files.walk(folder):
         parts = entry.path.split("/")
-        if len(parts) > depth + 1:
+        if len(parts) > depth + 1 and is_key(parts[depth]):
             found.setdefault(parts[depth], []).append(entry)
     return found
 

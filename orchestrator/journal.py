@@ -117,6 +117,10 @@ class Journal:
         if self._declared.get(id) != status:
             self._write("end", id, {"status": status, "ended": time.time() if ended is None else ended})
 
+    def has_finished(self, id: str) -> bool:
+        """Whether this run was closed as FINISHED, now or by an earlier process."""
+        return self._declared.get(id) == "FINISHED"
+
     def close(self) -> None:
         """Flush to the disk and close. Idempotent."""
         with self._lock:

@@ -41,7 +41,7 @@ def active_settings(stage: StageSpec, catalog: Catalog) -> dict[str, Any]:
 
 
 def active_train(train: TrainSettings) -> dict[str, Any]:
-    inactive = train.inactive()
+    inactive = TrainSettings.inactive(train)
     return {name: value for name, value in to_plain(train).items() if name not in inactive}
 
 

@@ -161,13 +161,16 @@ class Lease:
 
     def refresh(self) -> bool:
         """Beat now. False if the lease is lost; a storage failure is logged and only then a loss when it lasts."""
-        with self._beating:
-            if self._lost or self._stopped:
-                return not self._lost
-            try:
+        if not self._beating.acquire(timeout=self._lease_seconds / BEATS_PER_LEASE):
+            self._note_failure(StorageError("the storage does not answer"))
+            return not self._lost
+        try:
+            if not self._lost and not self._stopped:
                 self._beat()
-            except StorageError as error:
-                self._note_failure(error)
+        except StorageError as error:
+            self._note_failure(error)
+        finally:
+            self._beating.release()
         return not self._lost
 
     def release(self) -> None:
@@ -177,14 +180,15 @@ class Lease:
                 return
             self._stopped = True
             self._condition.notify_all()
-        with self._beating:
-            for attempt in range(RELEASE_ATTEMPTS):
-                try:
-                    self._mark_released()
-                    return
-                except StorageError as error:
-                    if attempt == RELEASE_ATTEMPTS - 1:
-                        logger.warning("lease of %s is not released and will run out: %s", self.key, error)
+        if not self._beating.acquire(timeout=self._lease_seconds):
+            logger.warning(
+                "lease of %s is not released and will run out: the storage does not answer", self.key
+            )
+            return
+        try:
+            self._mark_released()
+        finally:
+            self._beating.release()
 
     def __enter__(self) -> Lease:
         return self
@@ -248,10 +252,17 @@ class Lease:
         return max(self._clock.monotonic() - monotonic, self._clock.time() - wall) > self._lease_seconds
 
     def _mark_released(self) -> None:
-        if self._lost or newest_generation(self._files, self.key) != self._generation:
-            return
         record = replace(self._record, beat=self._record.beat + 1, released=True, progress={})
-        self._files.write(lease_path(self.key, self._generation), record.to_bytes(), durable=False)
+        for attempt in range(RELEASE_ATTEMPTS):
+            try:
+                if not self._lost and newest_generation(self._files, self.key) == self._generation:
+                    self._files.write(
+                        lease_path(self.key, self._generation), record.to_bytes(), durable=False
+                    )
+                return
+            except StorageError as error:
+                if attempt == RELEASE_ATTEMPTS - 1:
+                    logger.warning("lease of %s is not released and will run out: %s", self.key, error)
 
 
 def lease_path(key: str, generation: int) -> str:

@@ -8,19 +8,16 @@ the method's losses are means over rows; batch norm statistics remain those of e
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from math import isfinite
-from typing import Any, NoReturn
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from methods.base import Batch, Method
-from orchestrator.errors import ConfigurationError, DivergedError
+from orchestrator.errors import ConfigurationError
 from orchestrator.optimisation import PRECISIONS, TrainSettings, learning_rate_factor
 from orchestrator.run_state import RunState
 from orchestrator.training import BatchStream, CheckpointSlot, Clock, Observer, Row, StopTraining, Training
@@ -164,8 +161,8 @@ class _Run:
             state.position += 1
             is_last = state.position == num_batches
             is_look = is_last or state.position % STEPS_BETWEEN_LOOKS == 0
-            if (is_look or not state.updater.is_deferred) and state.updater.has_diverged():
-                self._report_divergence(values)
+            if is_look or not state.updater.is_deferred:
+                state.refuse_divergence(values)
             if state.average is not None:
                 state.average.update()
             if not is_last and (is_look or self.workers.size == 1):
@@ -192,7 +189,7 @@ class _Run:
         factor = learning_rate_factor(self.settings, step, stream.num_batches)
         state.learning_rate = self.settings.learning_rate * factor
         state.updater.step(total, state.learning_rate)
-        return values
+        return cast(Tensor, values)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         precision = PRECISIONS[self.settings.precision]
@@ -271,21 +268,8 @@ class _Run:
             metrics={name: value for name, value in kept["row"].items() if name not in NOT_METRICS},
             seconds=state.seconds,
             cpu_seconds=state.cpu_seconds,
-            peak_memory_bytes=_peak_memory_bytes(self.device),
+            peak_memory_bytes=state.peak_memory_bytes,
             resumed_epochs=state.resumed_epochs,
-        )
-
-    def _report_divergence(self, values: Tensor) -> NoReturn:
-        state = self.state
-        sums = [] if state.sums is None else state.sums.tolist()
-        broken = [name for name, total in zip(state.names, sums, strict=True) if not isfinite(total)]
-        shown = ", ".join(
-            f"{name} {value:g}" for name, value in zip(state.names, values.tolist(), strict=True)
-        )
-        raise DivergedError(
-            f"training diverged in epoch {state.epoch + 1} of {self.settings.epochs}, at step {state.position} of "
-            f"{self.training.num_batches}: not finite: {', '.join(broken) or 'the gradient'}; last values: {shown}; "
-            f"learning rate {state.learning_rate:g}. Lower learning_rate, or set clip_norm."
         )
 
 
@@ -315,10 +299,3 @@ def _refuse_misfit(
         problems.append(f"objective {settings.objective!r} is not a metric of {name}: {', '.join(metrics)}")
     if problems:
         raise ConfigurationError(*problems)
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Method
-from orchestrator.errors import StillhouseError
+from orchestrator.errors import DivergedError, StillhouseError
 from orchestrator.optimisation import TrainSettings, Updater, WeightAverage
 from orchestrator.training import Clock, Row
 from orchestrator.workers import Workers
@@ -49,6 +52,14 @@ class RunState:
         """CPU time of this process up to now, that of earlier attempts included."""
         return self._earlier[1] + time.process_time() - self._started[1]
 
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Peak memory allocated on the GPU; on the CPU, the peak resident size of the process so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
     def add(self, names: list[str], values: Tensor, num_rows: int) -> None:
         """Add means over ``num_rows`` rows to the sums of this epoch, on the device."""
         if self.sums is None:
@@ -69,6 +80,21 @@ class RunState:
         means = (totals["sums"].cpu() / totals["rows"].cpu()).tolist()
         self.epoch, self.position, self.sums, self.num_rows = self.epoch + 1, 0, None, 0
         return dict(zip(self.names, means, strict=True))
+
+    def refuse_divergence(self, values: Tensor) -> None:
+        """Raise DivergedError where the updater met too many broken steps. ``values`` are those of the last one."""
+        if not self.updater.has_diverged():
+            return
+        sums = [] if self.sums is None else self.sums.tolist()
+        broken = [name for name, total in zip(self.names, sums, strict=True) if not math.isfinite(total)]
+        shown = ", ".join(
+            f"{name} {value:g}" for name, value in zip(self.names, values.tolist(), strict=True)
+        )
+        raise DivergedError(
+            f"training diverged in epoch {self.epoch + 1}, at step {self.position}: not finite: "
+            f"{', '.join(broken) or 'the gradient'}; last values: {shown}; learning rate {self.learning_rate:g}. "
+            "No broken step reached the weights. Lower learning_rate, or set clip_norm."
+        )
 
     def tree(self) -> dict[str, Any]:
         """The state as a checkpoint keeps it. Every worker takes part; the tensors are live."""

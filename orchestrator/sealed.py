@@ -11,10 +11,16 @@ from typing import Any
 from orchestrator.errors import DamagedArtifactError
 from orchestrator.filesystem import Files
 
-__all__ = ["MANIFEST", "check_file_names", "load_manifest", "read_sealed", "seal", "write_contents"]
+__all__ = ["MANIFEST", "check_file_names", "is_key", "load_manifest", "read_sealed", "seal", "write_contents"]
 
 MANIFEST = "manifest.json"
+KEY = re.compile(r"[0-9a-f]{4,128}")
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*")
+
+
+def is_key(key: object) -> bool:
+    """Whether this can be the key of an artifact: 4 to 128 lower-case hexadecimal digits."""
+    return isinstance(key, str) and KEY.fullmatch(key) is not None
 
 
 def check_file_names(contents: Mapping[str, bytes]) -> None:

@@ -24,17 +24,24 @@ from typing import Any
 
 from orchestrator.checkpoint import Checkpoints
 from orchestrator.clock import SYSTEM_CLOCK, Clock, SystemClock
-from orchestrator.errors import DamagedArtifactError, MissingArtifactError, StorageError
+from orchestrator.errors import ConfigurationError, DamagedArtifactError, MissingArtifactError, StorageError
 from orchestrator.filesystem import absolute_url, open_files
 from orchestrator.garbage import collect
 from orchestrator.lease import Holder, Lease, Leases
-from orchestrator.sealed import MANIFEST, check_file_names, load_manifest, read_sealed, seal, write_contents
+from orchestrator.sealed import (
+    MANIFEST,
+    check_file_names,
+    is_key,
+    load_manifest,
+    read_sealed,
+    seal,
+    write_contents,
+)
 
 __all__ = ["SYSTEM_CLOCK", "Checkpoints", "Clock", "Holder", "Lease", "Store", "SystemClock"]
 
 logger = logging.getLogger(__name__)
 
-KEY = re.compile(r"[0-9a-f]{4,128}")
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*")
 OWN_FOLDERS = {"artifacts", "work", "leases", "damaged"}
 OWN_FIELDS = {"files", "attempt", "created", "checksum"}
@@ -64,15 +71,15 @@ class Store:
     def check_writable(self) -> None:
         """Write, read back and delete a megabyte: ``StorageError`` with url, cause and remedy if that fails."""
         path, data = f"probe-{uuid.uuid4().hex}", bytes(PROBE_BYTES)
+        self._files.write(path, data)
         try:
-            self._files.write(path, data)
             if self._files.read(path) != data:
                 raise StorageError(
                     f"{self.url} does not give back what was written: set run.storage to another place"
                 )
             if self._files.create(path, b"another"):
                 logger.warning(
-                    "%s replaces files that it was asked only to create: two workers may both run a shared stage",
+                    "%s replaces files that it was asked only to create: two workers may run the same stage",
                     self.url,
                 )
         finally:
@@ -125,20 +132,21 @@ class Store:
             self._read(key, name, manifest)
 
     def set_aside(self, key: str, reason: str) -> None:
-        """Move a damaged artifact to ``damaged/`` so that it can be built again.
+        """Move a damaged artifact to ``damaged/`` so that it can be built again. Fine if it is gone already.
 
-        Call it while holding the key's lease and after a fresh ``verify``: it moves whatever is there, so a late
-        caller would move what another has rebuilt.
+        Verify it just before: what is there is moved, also what another process has rebuilt meanwhile.
         """
-        place = f"damaged/{_checked(key)}-{uuid.uuid4().hex[:8]}"
         marker = self._files.read(_marker(key))
+        if marker is None:
+            return
+        place = f"damaged/{key}-{uuid.uuid4().hex[:8]}"
         note = {"key": key, "reason": reason, "time": self.clock.time()}
         self._files.write(f"{place}/reason.json", json.dumps(note).encode())
-        if marker is not None:
-            # The marker goes first: from here on the key is free, whatever happens to the rest of the move.
-            self._files.write(f"{place}/{MANIFEST}", marker)
-            self._files.delete(_marker(key))
-        self._files.move(_folder(key), f"{place}/files")
+        self._files.write(f"{place}/{MANIFEST}", marker)
+        # The marker goes first: from here on the key is free, whatever happens to the rest of the move.
+        self._files.delete(_marker(key))
+        for attempt in self._files.names(_folder(key)):
+            self._files.move(f"{_folder(key)}/{attempt}", f"{place}/{attempt}")
         logger.warning("%s is set aside in %s/%s: %s", self._name(key), self.url, place, reason)
 
     def keys(self) -> Iterator[str]:
@@ -146,15 +154,15 @@ class Store:
         return self._keys("artifacts")
 
     def find(self, prefix: str) -> str:
-        """The one key that starts so. ``MissingArtifactError`` if none does, ``ValueError`` if several do."""
+        """The one key that starts so. ``MissingArtifactError`` if none does, ``ConfigurationError`` if several do."""
         if not re.fullmatch("[0-9a-f]+", prefix):
-            raise ValueError(f"the start of a key is lower-case hexadecimal, got {prefix!r}")
+            raise ConfigurationError(f"the start of a key is lower-case hexadecimal, got {prefix!r}")
         folder = f"artifacts/{prefix[:2]}" if len(prefix) >= SHORTEST_PREFIX_FOLDER else "artifacts"
         found = [key for key in self._keys(folder) if key.startswith(prefix)]
         if not found:
             raise MissingArtifactError(f"no artifact in {self.url} has a key that starts with {prefix}")
         if len(found) > 1:
-            raise ValueError(
+            raise ConfigurationError(
                 f"{len(found)} artifacts have keys that start with {prefix}: {', '.join(found[:10])}"
             )
         return found[0]
@@ -205,9 +213,14 @@ class Store:
         released leases. Documents and ``damaged/`` are left alone.
         """
         doomed = collect(self, self._files, [_checked(key) for key in roots], grace_seconds)
-        for path in [] if dry_run else doomed:
-            self._files.delete(path)
-        return doomed
+        if dry_run:
+            return [path for _, path in doomed]
+        removed = []
+        for key, path in doomed:
+            if self.holder(key) is None:  # asked again: the look at a large store takes its time
+                self._files.delete(path)
+                removed.append(path)
+        return removed
 
     def _check_manifest(self, key: str, manifest: Mapping[str, Any]) -> None:
         _checked(key)
@@ -216,7 +229,7 @@ class Store:
         if manifest.get("key", key) != key:
             raise ValueError(f"manifest of {manifest['key']} put under the key {key}")
         for role, source in dict(manifest.get("inputs", {})).items():
-            if not isinstance(source, str) or not KEY.fullmatch(source):
+            if not is_key(source):
                 raise ValueError(f"inputs map roles to keys, got {role!r}: {source!r}")
 
     def _read(self, key: str, name: str, manifest: Mapping[str, Any]) -> bytes:
@@ -227,7 +240,7 @@ class Store:
     def _keys(self, folder: str) -> Iterator[str]:
         for entry in self._files.walk(folder):
             parts = entry.path.split("/")
-            if len(parts) == 4 and parts[3] == MANIFEST:
+            if len(parts) == 4 and parts[3] == MANIFEST and is_key(parts[2]):
                 yield parts[2]
 
     def _name(self, key: str) -> str:
@@ -242,7 +255,7 @@ class Store:
 
 
 def _checked(key: str) -> str:
-    if not isinstance(key, str) or not KEY.fullmatch(key):
+    if not is_key(key):
         raise ValueError(f"a key is 4 to 128 lower-case hexadecimal digits, got {key!r}")
     return key
 

@@ -18,11 +18,10 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from orchestrator.bundle import BundleSettings, read_bundle
+from orchestrator.bundle import BundleSettings, read_bundle, requirements
 from orchestrator.errors import StillhouseError
 from orchestrator.journal import Record
 from orchestrator.mirror import DATA, Failure, Follower
@@ -382,24 +381,13 @@ def _save_model(path: Path, bundle: Path, settings: BundleSettings, logged: Any,
         data_path=str(bundle),
         mlflow_model=model,
         signature=ModelSignature(Schema([pixels]), Schema([logits])),
-        pip_requirements=_requirements(),
+        pip_requirements=requirements(),
         metadata={
             "model": settings.model,
             "key": settings.key,
             "class_names": json.dumps(settings.class_names),
         },
     )
-
-
-def _requirements() -> list[str]:
-    """What loading needs, with the versions in use (without local suffixes such as +cu126)."""
-    found = []
-    for package in ("stillhouse", "torch", "safetensors", "numpy"):
-        try:
-            found.append(f"{package}=={version(package).partition('+')[0]}")
-        except PackageNotFoundError:
-            logger.debug("%s is not an installed package and is not listed among the requirements", package)
-    return found
 
 
 def _user() -> str:

@@ -20,12 +20,12 @@ from orchestrator.errors import (
     StorageError,
 )
 from orchestrator.lease import Lease
-from orchestrator.loop import Row
+from orchestrator.loop import Row, StopTraining
 from orchestrator.plan import PlannedStage, Trial
 from orchestrator.spec import Objective
 from orchestrator.store import Store
 
-__all__ = ["TrialRunner", "objective_values", "recall"]
+__all__ = ["TrialRunner", "failure_path", "objective_values", "stop_path"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class _BusyElsewhereError(Exception):
 
 @dataclass(frozen=True)
 class TrialRunner:
-    """Walks trials. ``run_id`` names this run of the sweep: a failure is not repeated within it."""
+    """Walks trials. ``run_id`` names this run of the sweep: a failure is not repeated within it, and it can be stopped."""
 
     store: Store
     execute: Execute
@@ -66,7 +66,7 @@ class TrialRunner:
                         raise
                     self._set_aside_damaged(trial, error)
             raise AssertionError("unreachable: the last repair either returns or raises")
-        except _BusyElsewhereError:
+        except (_BusyElsewhereError, StopTraining):
             return Outcome(status="deferred")
         except Exception as error:  # the outcome carries it: type, text and, in the store, the traceback
             return Outcome(status="failed", reason=f"{type(error).__name__.removesuffix('Error')}: {error}")
@@ -88,22 +88,26 @@ class TrialRunner:
             started = time.time()
             try:
                 self._execute_with_pauses(stage, lease, report)
-            except (DamagedArtifactError, MissingArtifactError, StorageError):
+            except (DamagedArtifactError, MissingArtifactError, StorageError, StopTraining):
                 raise
             except Exception as error:
                 self._record_failure(stage, error)
                 raise
+            self.store.delete_json(failure_path(stage.key))
             self._record_cost(stage, time.time() - started)
 
     def _execute_with_pauses(
         self, stage: PlannedStage, lease: Lease, report: Callable[[Row], bool | None] | None
     ) -> None:
         rows: list[Row] = []
+        stop_requested = _Throttled(lambda: self.store.read_json(stop_path(self.run_id)) is not None)
 
         def observe(row: Row) -> bool | None:
             rows.append(row)
             lease.update({"name": stage.name, "epoch": row["epoch"], "epochs": stage.epochs, "rows": rows})
-            return report(row) if report is not None else None
+            if report is not None and report(row):
+                return True
+            return stop_requested()
 
         lease.update({"name": stage.name, "epoch": 0, "epochs": stage.epochs, "rows": rows})
         for pause in (*PAUSES_SECONDS, None):
@@ -120,7 +124,7 @@ class TrialRunner:
                 time.sleep(pause)
 
     def _refuse_known_failure(self, stage: PlannedStage) -> None:
-        failure = self.store.read_json(_failure_path(stage.key))
+        failure = self.store.read_json(failure_path(stage.key))
         if failure and (failure["kind"] == DivergedError.__name__ or failure["run"] == self.run_id):
             raise StageFailedError(f"stage {stage.name} ({stage.key[:8]}) failed: {failure['reason']}")
 
@@ -137,7 +141,7 @@ class TrialRunner:
             "traceback": traceback.format_exc(),
             "at": time.time(),
         }
-        self.store.write_json(_failure_path(stage.key), record)
+        self.store.write_json(failure_path(stage.key), record)
 
     def _record_cost(self, stage: PlannedStage, seconds: float) -> None:
         """Remember what an epoch of this kind of stage took, whole stage included, for later estimates."""
@@ -156,7 +160,28 @@ class TrialRunner:
                     self.store.set_aside(stage.key, str(damage))
 
 
-def _failure_path(key: str) -> str:
+class _Throttled:
+    """Asks at most once a second; in between, the last answer holds."""
+
+    def __init__(self, ask: Callable[[], bool]) -> None:
+        self._ask = ask
+        self._asked = time.monotonic()
+        self._answer = False
+
+    def __call__(self) -> bool:
+        if time.monotonic() - self._asked > 1.0:
+            self._answer = self._ask()
+            self._asked = time.monotonic()
+        return self._answer
+
+
+def stop_path(run_id: str) -> str:
+    """The document whose presence asks every trial of a run to stop after its epoch."""
+    return f"stops/{run_id}.json"
+
+
+def failure_path(key: str) -> str:
+    """The document that says why a stage failed."""
     return f"failures/{key}.json"
 
 
@@ -168,15 +193,3 @@ def objective_values(store: Store, trial: Trial, objectives: tuple[Objective, ..
     if absent:
         raise ConfigurationError(f"stage {trial.final.name} ({trial.key[:8]}) reported no {', '.join(absent)}; it has {', '.join(sorted(metrics))}")
     return tuple(float(metrics[name]) for name in names)
-
-
-def recall(store: Store, trial: Trial, objectives: tuple[Objective, ...]) -> Outcome | None:
-    """How ``trial`` ended in an earlier run, when its artifact is in the store."""
-    if not store.has(trial.key):
-        return None
-    try:
-        return Outcome(status="done", values=objective_values(store, trial, objectives))
-    except DamagedArtifactError as damage:
-        logger.warning("%s; it is built again", damage)
-        store.set_aside(trial.key, str(damage))
-        return None

@@ -28,10 +28,12 @@ class Draws(NamedTuple):
     """First column of the crop in the padded image, ``[n]``, int64."""
     flip: Tensor
     """Whether the crop is mirrored, ``[n]``, bool."""
+    pad: int
+    """Black pixels around each image."""
 
     def select(self, part: slice) -> Draws:
         """The draws of a part of the samples."""
-        return Draws(*(values[part] for values in self))
+        return Draws(self.top[part], self.left[part], self.flip[part], self.pad)
 
 
 def draw(augment: Augment, *, seed: int, epoch: int, ids: np.ndarray, device: torch.device) -> Draws:
@@ -40,15 +42,17 @@ def draw(augment: Augment, *, seed: int, epoch: int, ids: np.ndarray, device: to
     top = integers(seed, "crop_top", epoch, ids, high=choices)
     left = integers(seed, "crop_left", epoch, ids, high=choices)
     flip = uniform(seed, "flip", epoch, ids) < (0.5 if augment.flip else 0.0)
-    return Draws(*(torch.from_numpy(values).to(device) for values in (top, left, flip)))
+    on_device = [torch.from_numpy(values).to(device) for values in (top, left, flip)]
+    return Draws(on_device[0], on_device[1], on_device[2], augment.pad)
 
 
-def apply_draws(images: Tensor, draws: Draws, pad: int) -> Tensor:
+def apply_draws(images: Tensor, draws: Draws) -> Tensor:
     """Pad ``images`` ``[B, C, H, W]`` with zeros, crop them back to size and mirror some, as drawn: a new tensor.
 
     Meant for pixels before normalisation, where zero is black: the order of torchvision's crop, then normalise.
     """
     batch, channels, height, width = images.shape
+    pad = draws.pad
     padded = F.pad(images, (pad, pad, pad, pad)) if pad else images
     row = torch.arange(height, device=images.device)
     column = torch.arange(width, device=images.device)

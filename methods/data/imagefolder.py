@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
-from methods.data.base import Augment, DataError, ImageData, Images, PixelSource, channel_statistics
+from methods.data.base import Augment, DataError, ImageData, Images, channel_statistics
 from methods.data.decode import check_image_settings, decode, fill
 from methods.data.files import combined_digest, content_digest, folder, listing
 
@@ -83,11 +83,11 @@ class ImageFolder:
     def _images(self, classes: dict[str, list[Path]]) -> Images:
         labels = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
         files = tuple(file for files in classes.values() for file in files)
-        pixels: np.ndarray | PixelSource = FolderPixels(files, self.image_size, self.channels)
-        num_bytes = int(np.prod(pixels.shape))
-        if self.in_memory == "always" or (self.in_memory == "auto" and num_bytes <= MEMORY_BYTES):
-            pixels = pixels.gather(np.arange(len(files)))
-        return Images(pixels, labels.astype(np.int64))
+        source = FolderPixels(files, self.image_size, self.channels)
+        fits = int(np.prod(source.shape)) <= MEMORY_BYTES
+        if self.in_memory == "always" or (self.in_memory == "auto" and fits):
+            return Images(source.gather(np.arange(len(files))), labels)
+        return Images(source, labels)
 
 
 @dataclass(frozen=True, slots=True)

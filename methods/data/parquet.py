@@ -175,7 +175,8 @@ def _integers(labels: pa.Array, column: str, where: str) -> np.ndarray:
         raise DataError(
             f"{where} or later: column {column!r} has {labels.null_count} empty labels: fill or drop the rows"
         )
-    return labels.to_numpy(zero_copy_only=False).astype(np.int64)
+    values: np.ndarray = labels.to_numpy(zero_copy_only=False).astype(np.int64)
+    return values
 
 
 def _declared_names(schema: pa.Schema, label_column: str) -> tuple[str, ...] | None:

@@ -34,13 +34,15 @@ def uniform(seed: int, stream: str, epoch: int, ids: np.ndarray) -> np.ndarray:
 
 def integers(seed: int, stream: str, epoch: int, ids: np.ndarray, *, high: int) -> np.ndarray:
     """One integer from 0 to ``high - 1`` per id, ``[n]``, int64."""
-    return (uniform(seed, stream, epoch, ids) * high).astype(np.int64)
+    drawn: np.ndarray = (uniform(seed, stream, epoch, ids) * high).astype(np.int64)
+    return drawn
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
     values = (values ^ (values >> np.uint64(30))) * _MIX_FIRST
     values = (values ^ (values >> np.uint64(27))) * _MIX_SECOND
-    return values ^ (values >> np.uint64(31))
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed
 
 
 def _digest(*parts: str) -> int:

@@ -49,8 +49,10 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
 def _quotas(counts: np.ndarray, fraction: float) -> np.ndarray:
     """How many of each class are held out: largest remainders, and never a whole class."""
     exact = counts * fraction
-    quotas = np.floor(exact).astype(np.int64)
+    limits = np.maximum(counts - 1, 0)
+    quotas: np.ndarray = np.minimum(np.floor(exact).astype(np.int64), limits)
     left_over = round(float(exact.sum())) - int(quotas.sum())
     neediest = np.argsort(quotas - exact, kind="stable")
+    neediest = neediest[quotas[neediest] < limits[neediest]]
     quotas[neediest[: max(left_over, 0)]] += 1
-    return np.minimum(quotas, np.maximum(counts - 1, 0))
+    return quotas

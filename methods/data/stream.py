@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -90,12 +91,11 @@ class Stream:
         labels = self._to_device(self.images.labels[ids])
         draws = self._draws(epoch, ids)
         lengths = np.cumsum([0, *map(len, shares)])
-        parts = [slice(int(low), int(high)) for low, high in zip(lengths[:-1], lengths[1:], strict=True)]
+        parts = [slice(int(low), int(high)) for low, high in pairwise(lengths)]
         ids_on_device = self._to_device(ids)
         for part, pixels in zip(parts, self._pixels(positions, ids, parts), strict=True):
-            if draws is not None and self.augment is not None:
-                pixels = apply_draws(pixels, draws.select(part), self.augment.pad)
-            yield Batch(self._normalise(pixels), labels[part], ids_on_device[part], epoch)
+            varied = pixels if draws is None else apply_draws(pixels, draws.select(part))
+            yield Batch(self._normalise(varied), labels[part], ids_on_device[part], epoch)
 
     def _order(self, epoch: int) -> np.ndarray:
         """Positions in ``self.indices``, in the order of this epoch."""

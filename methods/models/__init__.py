@@ -75,8 +75,8 @@ def classifier_path(network: nn.Module, num_classes: int) -> str:
         raise ValueError(
             f"{type(network).__name__} has several classifiers {tuple(path)}; one is needed for tapping"
         )
-    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    fitting = [name for name in linear if network.get_submodule(name).out_features == num_classes]
+    linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    fitting: list[str] = [name for name, module in linear.items() if module.out_features == num_classes]
     if not fitting:
         raise ValueError(
             f"{type(network).__name__} has no nn.Linear with {num_classes} outputs (linear layers: "

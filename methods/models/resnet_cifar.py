@@ -38,7 +38,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         hidden = F.relu(self.norm1(self.conv1(maps)), inplace=True)
-        return self.activation(self.norm2(self.conv2(hidden)) + self.shortcut(maps))
+        result: Tensor = self.activation(self.norm2(self.conv2(hidden)) + self.shortcut(maps))
+        return result
 
 
 class ResNetCifar(nn.Module):
@@ -74,7 +75,8 @@ class ResNetCifar(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         maps = self.stages(self.stem(images))
-        return self.classifier(maps.mean(dim=(2, 3)))
+        logits: Tensor = self.classifier(maps.mean(dim=(2, 3)))
+        return logits
 
 
 def _stage(in_channels: int, out_channels: int, num_blocks: int, *, stride: int) -> nn.Sequential:

@@ -32,16 +32,18 @@ class TimmFactory:
         config = timm.models.get_pretrained_cfg(self.architecture)
         if image_size is not None and config is not None and config.fixed_input_size:
             settings["img_size"] = image_size
-        if not pretrained:
-            return timm.create_model(self.architecture, **settings)
-        self._require_published_weights(config)
+        if pretrained:
+            self._require_published_weights(config)
         try:
-            return timm.create_model(self.architecture, pretrained=True, **settings)
+            network: nn.Module = timm.create_model(self.architecture, pretrained=pretrained, **settings)
         except Exception as error:  # timm's download goes through several libraries, each with its own errors
+            if not pretrained:
+                raise
             raise OSError(
                 f"timm could not load the published weights of {self.architecture!r}: {error}. Check the network (or "
                 "fill timm's cache on a machine that has one), or give model.checkpoint a local file"
             ) from error
+        return network
 
     def _require_published_weights(self, config: Any) -> None:
         import timm

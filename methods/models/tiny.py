@@ -39,7 +39,9 @@ class TinyConvNet(nn.Module):
         initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.layers(images).mean(dim=(2, 3)))
+        pooled = self.layers(images).mean(dim=(2, 3))
+        logits: Tensor = self.classifier(pooled)
+        return logits
 
 
 class TinyMLP(nn.Module):
@@ -54,7 +56,8 @@ class TinyMLP(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         pixels = F.adaptive_avg_pool2d(images, 8).flatten(1)
-        return self.classifier(F.relu(self.hidden(pixels)))
+        logits: Tensor = self.classifier(F.relu(self.hidden(pixels)))
+        return logits
 
 
 tiny_cnn = partial(TinyConvNet, (32, 64, 64), (1, 2, 2))

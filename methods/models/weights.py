@@ -63,11 +63,12 @@ def apply_weights(network: nn.Module, weights: Mapping[str, Tensor], origin: str
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        weights: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
         raise ValueError(
             f"checkpoint {path} is not a complete safetensors file ({error}): copy it again"
         ) from error
+    return weights
 
 
 def _load_torch(path: Path) -> object:

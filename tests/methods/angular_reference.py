@@ -43,7 +43,9 @@ def contrast(
 
 
 def hinge(anchors: list[list[float]], views: list[list[list[float]]], margin: float) -> float:
-    terms = [max(0.0, 1 - margin - dot(view, anchors[b])) for b, sample in enumerate(views) for view in sample]
+    terms = [
+        max(0.0, 1 - margin - dot(view, anchors[b])) for b, sample in enumerate(views) for view in sample
+    ]
     return sum(terms) / len(terms)
 
 

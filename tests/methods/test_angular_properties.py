@@ -71,7 +71,9 @@ def test_03_views_equal_to_orthogonal_teachers() -> None:
 def test_04_total_collapse_costs_ln_b_over_n(num_samples: int, num_views: int) -> None:
     reference = torch.ones(num_samples, 6, dtype=torch.float64)
     views = torch.ones(num_samples, num_views, 6, dtype=torch.float64)
-    assert float(inter(reference, views).proximity) == pytest.approx(math.log(num_samples) / num_views, abs=1e-9)
+    assert float(inter(reference, views).proximity) == pytest.approx(
+        math.log(num_samples) / num_views, abs=1e-9
+    )
 
 
 def test_05_batch_of_one_has_no_contrast() -> None:

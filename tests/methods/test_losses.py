@@ -51,7 +51,9 @@ def test_cross_entropy_spreads_the_smoothed_share() -> None:
     hard = -log_probs[torch.arange(4), labels].mean()
     assert float(cross_entropy(logits, labels)) == pytest.approx(float(hard), abs=1e-12)
     expected = 0.9 * hard - 0.1 * log_probs.mean()
-    assert float(cross_entropy(logits, labels, label_smoothing=0.1)) == pytest.approx(float(expected), abs=1e-12)
+    assert float(cross_entropy(logits, labels, label_smoothing=0.1)) == pytest.approx(
+        float(expected), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

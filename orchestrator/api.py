@@ -1,0 +1,109 @@
+"""The Python face: an experiment that can be planned, run here or submitted to a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from methods import BUILTIN
+from methods.base import Method, ModelFactory
+from methods.data.base import DataSource
+from orchestrator.document import apply_overrides, dump_document, read_document
+from orchestrator.errors import ConfigurationError
+from orchestrator.plan import Plan
+from orchestrator.reader import parse_experiment
+from orchestrator.result import Result
+from orchestrator.space import Domain
+from orchestrator.sweep import Sweep
+
+__all__ = ["Experiment"]
+
+
+class Experiment:
+    """What to train, what to vary and how to choose; valid from the moment it exists.
+
+    The sections are those of an experiment file. A search space may hold domains made by ``grid``, ``choice``,
+    ``uniform``, ``loguniform`` and ``randint``. ``methods``, ``models`` and ``datasets`` add your own by name.
+
+    Raises:
+        ConfigurationError: With every mistake that was found, each with its path, value and nearest valid name.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        data: Mapping[str, Any],
+        stages: Mapping[str, Mapping[str, Any]],
+        search: Mapping[str, Any],
+        baselines: Mapping[str, Mapping[str, Any]] | None = None,
+        run: Mapping[str, Any] | None = None,
+        methods: Mapping[str, type[Method]] | None = None,
+        models: Mapping[str, ModelFactory] | None = None,
+        datasets: Mapping[str, type[DataSource]] | None = None,
+        command: str = "",
+    ) -> None:
+        document = {"name": name, "data": data, "stages": stages, "baselines": baselines or {}, "search": search}
+        self.document: dict[str, Any] = _plain({**document, "run": run or {}})
+        """The experiment as plain data, ready to be written as YAML."""
+        self._uses_own_code = bool(methods or models or datasets)
+        catalog = BUILTIN.extended(methods, models, datasets)
+        self._sweep = Sweep(parse_experiment(self.document, catalog), dump_document(self.document), command)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        overrides: Sequence[str] = (),
+        *,
+        methods: Mapping[str, type[Method]] | None = None,
+        models: Mapping[str, ModelFactory] | None = None,
+        datasets: Mapping[str, type[DataSource]] | None = None,
+    ) -> Experiment:
+        """Read an experiment file and lay overrides such as ``views.margin=0.3`` over it."""
+        document = apply_overrides(read_document(Path(path)), overrides)
+        unknown = [key for key in document if key not in ("name", "data", "stages", "search", "baselines", "run")]
+        sections = {key: document.get(key) for key in ("name", "data", "stages", "search", "baselines", "run")}
+        if unknown:  # the reader reports them together with every other mistake
+            parse_experiment(document, BUILTIN.extended(methods, models, datasets))
+        command = " ".join(["stillhouse run", str(path), *overrides])
+        return cls(**sections, methods=methods, models=models, datasets=datasets, command=command)  # type: ignore[arg-type]
+
+    @property
+    def name(self) -> str:
+        return self._sweep.spec.name
+
+    def plan(self) -> Plan:
+        """The stages that would run, what is shared, what the store holds, what it will cost. Prints well."""
+        return self._sweep.plan()
+
+    def run(self, *, quiet: bool = False) -> Result:
+        """Run what is missing on the cluster at hand, or on this machine. Resumes and extends earlier runs."""
+        return self._sweep.run(quiet)
+
+    def result(self) -> Result:
+        """What the store holds of this experiment, without running anything."""
+        return self._sweep.result()
+
+    def submit(self, address: str, *, follow: bool = True) -> str:
+        """Run on a cluster through Ray's job API, for instance ``http://127.0.0.1:8265``; returns the job's id.
+
+        With ``follow`` the job's log is shown until it ends; Ctrl-C then stops following, not the job.
+        """
+        from orchestrator.submit import submit_job
+
+        if self._uses_own_code:
+            raise ConfigurationError("submit: an experiment with methods, models or data sets of your own cannot travel as YAML; submit your own script with `ray job submit`, which calls Experiment(...).run()")
+        return submit_job(address, self.name, dump_document(self.document), follow=follow)
+
+
+def _plain(value: Any) -> Any:
+    """Nested copies with domains in their YAML form."""
+    if isinstance(value, Domain):
+        return value.to_plain()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,265 @@
+"""The result table as text: a terminal table that fits its width, and a complete ``report.md``."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from orchestrator.report_cells import MISSING, Column, columns, duration, setting, short_names, signed
+from orchestrator.report_table import Objective, TrialRow, best, cost, table
+from orchestrator.statistics import PairedDifference, verdict
+
+__all__ = ["Report", "to_markdown", "to_text"]
+
+MAX_VERDICTS = 5
+MAX_UNFINISHED = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All that a finished, or interrupted, sweep has to say."""
+
+    name: str
+    """Of the experiment."""
+    rows: Sequence[TrialRow]
+    objectives: Sequence[Objective]
+    baseline: str | None = None
+    """Label, or point id, of the point that the others are compared with."""
+    description: str = ""
+    """What was run, in a sentence or two."""
+    command: str = ""
+    """Runs the same sweep again."""
+    tracking_command: str = ""
+    """Opens MLflow on it; see ``orchestrator.tracking.ui_command``."""
+    plots: Sequence[Path] = ()
+    """Pictures to show, linked relative to ``folder``."""
+    folder: Path | None = None
+    """Where ``report.md`` will lie."""
+
+
+def to_text(frame: pd.DataFrame, width: int = 120) -> str:
+    """The table for a terminal ``width`` characters wide; the least needed columns are left out until it fits."""
+    if frame.empty:
+        return "no trials yet\n"
+    reasons = [
+        f"{status}: {label} {point}: {reason}"
+        for status, label, point, reason in zip(
+            frame["status"], frame["label"], frame["point"], frame["reason"], strict=True
+        )
+        if reason
+    ]
+    return _rich(_fitting(frame, width), width) + "".join(f"{line}\n" for line in ("", *reasons) if reasons)
+
+
+def _fitting(frame: pd.DataFrame, width: int) -> list[Column]:
+    """Columns for this width: without the spare ones, then compact, then with the interval on a line of its own."""
+    shown = columns(frame)
+    while _natural_width(shown) > width and (spare := [column for column in shown if column.rank > 0]):
+        shown.remove(max(spare, key=lambda column: column.rank))
+    if _natural_width(shown) <= width:
+        return shown
+    shown = [column for column in columns(frame, compact=True) if column.rank == 0]
+    if _natural_width(shown) <= width:
+        return shown
+    return [
+        replace(column, cells=[cell.replace(" [", "\n[") for cell in column.cells])
+        if column.name.startswith("difference")
+        else column
+        for column in shown
+    ]
+
+
+def to_markdown(report: Report) -> str:
+    """A complete report: what was run, which split is which, table, verdicts, cost, failures, how to look further."""
+    frame = table(report.rows, report.objectives, baseline=report.baseline)
+    sections = [
+        f"# {report.name}",
+        report.description,
+        _what_ran(report, frame),
+        _markdown_table(frame),
+        _reading(report, frame),
+        _section("Verdict", _verdicts(report, frame)),
+        _section("Cost", _cost(report)),
+        _section("Not finished", _unfinished(report)),
+        _section("Pictures", _pictures(report)),
+        _section("Again, and further", _commands(report)),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _natural_width(shown: Sequence[Column]) -> int:
+    """Characters that rich needs: every column and two spaces between them."""
+    lines = [
+        [line for text in (column.title, *column.cells) for line in text.split("\n")] for column in shown
+    ]
+    return sum(max(len(line) for line in column) + 2 for column in lines) - 2
+
+
+def _rich(shown: Sequence[Column], width: int) -> str:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in shown:
+        drawn.add_column(column.title, justify="right" if column.numeric else "left", overflow="fold")
+    for cells in zip(*(column.cells for column in shown), strict=True):
+        drawn.add_row(*cells)
+    stream = io.StringIO()
+    Console(
+        file=stream, width=width, force_terminal=False, color_system=None, markup=False, highlight=False
+    ).print(drawn)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+
+
+def _what_ran(report: Report, frame: pd.DataFrame) -> str:
+    seeds = {row.seed for row in report.rows}
+    counts = {
+        status: sum(row.status == status for row in report.rows)
+        for status in ("done", "stopped", "waiting", "failed")
+    }
+    told = ", ".join(f"{count} {_status_word(status)}" for status, count in counts.items() if count)
+    goals = " and ".join(
+        f"{'maximize' if goal.maximize else 'minimize'} `{goal.name}`" for goal in report.objectives
+    )
+    settings = ", ".join(f"`{name}`" for name in frame.attrs["settings"])
+    varied = f" Varied: {settings}." if settings else ""
+    return (
+        f"{_plural(len(frame), 'point')}, {_plural(len(seeds), 'seed')}, {_plural(len(report.rows), 'trial')} ({told}); "
+        f"{goals}.{varied}"
+    )
+
+
+def _markdown_table(frame: pd.DataFrame) -> str:
+    if frame.empty:
+        return "No trials yet."
+    shown = columns(frame)
+    head = "| " + " | ".join(column.title.replace("\n", " ") for column in shown) + " |"
+    rule = "|" + "|".join("---:" if column.numeric else "---" for column in shown) + "|"
+    lines = [
+        "| " + " | ".join(_escaped(cell) for cell in cells) + " |"
+        for cells in zip(*(c.cells for c in shown), strict=True)
+    ]
+    return "\n".join([head, rule, *lines])
+
+
+def _reading(report: Report, frame: pd.DataFrame) -> str:
+    if frame.empty:
+        return ""
+    lines = [
+        f"`76.08 ± 0.21 (3)` is the mean over 3 seeds and the standard deviation between them; `{MISSING}` means not known. "
+        "Points are sorted and chosen by **validation**, a part of the training data held out from training. "
+        "The **test** split is read once per finished student and is not used for any choice; a trial that the scheduler stopped early has no test number."
+    ]
+    if report.baseline is not None:
+        lines.append(
+            f"Δ is the difference to **{report.baseline}** on {frame.attrs['split']}, paired by seed, with its 95 % t interval."
+        )
+    return " ".join(lines)
+
+
+def _verdicts(report: Report, frame: pd.DataFrame) -> list[str]:
+    winner = best(frame)
+    if winner is None:
+        return []
+    sentences = [f"Best on validation: {_point(winner, frame)}."]
+    column = f"difference ({frame.attrs['split']})"
+    if column not in frame:
+        return sentences
+    compared = frame[frame["status"].isin(["done", "partial"]) & (frame["pairs"] > 0)]
+    for _, point in compared.head(MAX_VERDICTS).iterrows():
+        sentences.append(_verdict(point, frame, report))
+    if len(compared) > 1:
+        sentences.append(
+            f"{len(compared)} points were compared with the baseline: about one 95 % interval in twenty misses 0 by chance alone."
+        )
+    return sentences
+
+
+def _verdict(point: pd.Series, frame: pd.DataFrame, report: Report) -> str:
+    split = frame.attrs["split"]
+    objective = report.objectives[0]
+    difference = PairedDifference(
+        mean=point[f"difference ({split})"],
+        low=point["low"],
+        high=point["high"],
+        num_pairs=int(point["pairs"]),
+    )
+    pairs = "one seed" if difference.num_pairs == 1 else f"{difference.num_pairs} paired seeds"
+    interval = (
+        f" (95 % interval {signed(difference.low, objective.name)} to {signed(difference.high, objective.name)})"
+        if difference.num_pairs > 1
+        else ""
+    )
+    return (
+        f"{_point(point, frame)} against {report.baseline}, {split}: {signed(difference.mean, objective.name)}{interval}, "
+        f"{pairs}: **{verdict(difference, maximize=objective.maximize)}**."
+    )
+
+
+def _point(point: pd.Series, frame: pd.DataFrame) -> str:
+    values = {short: setting(point[name]) for name, short in short_names(frame.attrs["settings"]).items()}
+    named = [f"{name} {value}" for name, value in values.items() if value != MISSING]
+    return f"{point['label']} ({', '.join(named)})" if named else str(point["label"])
+
+
+def _cost(report: Report) -> list[str]:
+    total = cost(report.rows)
+    if total.alone_seconds <= 0:
+        return []
+    share = total.shared_seconds / total.alone_seconds
+    return [
+        f"Training every trial on its own would have taken {duration(total.alone_seconds)}; "
+        f"with shared stages it took {duration(total.paid_seconds)}: {duration(total.shared_seconds)} ({100 * share:.0f} %) saved. "
+        "These are training times summed over all trials, not the time on the clock."
+    ]
+
+
+def _unfinished(report: Report) -> list[str]:
+    lines = [
+        f"{_status_word(row.status)}: {row.label} `{row.point}` seed {row.seed}"
+        f"{f', after {row.epochs} epochs' if row.epochs else ''}{f': {row.reason}' if row.reason else ''}"
+        for row in report.rows
+        if row.status != "done"
+    ]
+    more = len(lines) - MAX_UNFINISHED
+    return lines if more <= 0 else [*lines[:MAX_UNFINISHED], f"and {more} more"]
+
+
+def _pictures(report: Report) -> list[str]:
+    folder = report.folder or Path()
+    return [f"![{path.stem.replace('_', ' ')}]({os.path.relpath(path, folder)})" for path in report.plots]
+
+
+def _commands(report: Report) -> list[str]:
+    lines = []
+    if report.command:
+        lines.append(f"The same sweep again (what is finished is not repeated): `{report.command}`")
+    if report.tracking_command:
+        lines.append(f"Every run with its curves in MLflow: `{report.tracking_command}`")
+    return lines
+
+
+def _section(title: str, lines: Sequence[str]) -> str:
+    return (
+        f"## {title}\n\n" + "\n".join(f"- {line}" if not line.startswith("![") else line for line in lines)
+        if lines
+        else ""
+    )
+
+
+def _status_word(status: str) -> str:
+    return "stopped early" if status == "stopped" else status
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")

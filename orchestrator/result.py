@@ -1,0 +1,132 @@
+"""What a sweep came to: the table, the best point, the pictures, and the files that keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load as load_tensors
+
+from methods.base import Task
+from orchestrator import report
+from orchestrator.bundle import BundleSettings, write_bundle
+from orchestrator.plan import Point, Trial
+from orchestrator.report import Report, TrialRow
+from orchestrator.spec import ExperimentSpec
+from orchestrator.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Result"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Made by ``Experiment.run`` or ``Experiment.result``."""
+
+    spec: ExperimentSpec
+    rows: Sequence[TrialRow]
+    """One per trial."""
+    trials: Mapping[str, Trial]
+    """Key of the last stage -> trial."""
+    broken: Sequence[tuple[Point, str]] = field(default_factory=tuple)
+    """Points that the search drew and that turned out to be impossible."""
+    folder: Path
+    store: Store
+    command: str = ""
+    tracking_command: str = ""
+    """Opens the MLflow UI on this sweep."""
+    interrupted: bool = False
+
+    def table(self) -> pd.DataFrame:
+        """One row per point, the best validation mean first. See ``orchestrator.report.table`` for the columns."""
+        return report.table(self.rows, self.spec.search.objectives, baseline=self.baseline)
+
+    @property
+    def baseline(self) -> str | None:
+        """Label of the first baseline: what the points are compared with."""
+        return next(iter(self.spec.baselines), None)
+
+    @property
+    def best(self) -> pd.Series | None:
+        """The row of the point with the best validation mean, baselines aside; None when nothing has finished."""
+        table = self.table()
+        if table.empty:
+            return None
+        return report.best(table[~table["label"].isin(list(self.spec.baselines))])
+
+    @property
+    def best_trial(self) -> Trial | None:
+        """The first finished trial of the best point."""
+        best = self.best
+        if best is None:
+            return None
+        done = [row for row in self.rows if row.point == best["point"] and row.status == "done"]
+        return self.trials[done[0].key] if done else None
+
+    @property
+    def num_failed(self) -> int:
+        return sum(row.status == "failed" for row in self.rows) + len(self.broken)
+
+    def numbers(self) -> dict[str, float]:
+        """The sweep in a few numbers, for tracking."""
+        cost = report.cost(self.rows)
+        numbers = {
+            "trials": float(len(self.rows)),
+            "trials_failed": float(self.num_failed),
+            "training_seconds": cost.paid_seconds,
+            "saved_by_sharing_seconds": cost.shared_seconds,
+        }
+        best = self.best
+        if best is not None:
+            numbers |= {f"best.{item.name}": float(best[item.name]) for item in self.spec.search.objectives}
+        return numbers
+
+    def text(self, width: int = 120) -> str:
+        """The table for a terminal."""
+        return report.to_text(self.table(), width)
+
+    def plot(self, folder: Path | str | None = None) -> list[Path]:
+        """Draw metric against each swept setting, learning curves, and accuracy against cost, as PNG and SVG."""
+        from orchestrator.plots import draw
+
+        return draw(self.rows, self.spec.search.objectives, Path(folder or self.folder / "report"))
+
+    def write(self) -> Path:
+        """Write ``table.csv``, ``report.md`` and the pictures below the sweep's folder; returns the report."""
+        folder = self.folder / "report"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.table().to_csv(folder / "table.csv", index=False)
+        plots = self.plot() if any(row.history for row in self.rows) else []
+        path = folder / "report.md"
+        path.write_text(report.to_markdown(self._report(folder, plots)), encoding="utf-8")
+        return path
+
+    def write_best(self, trial: Trial) -> Path:
+        """Write the student of ``trial`` as a bundle: ``model.json`` and ``weights.safetensors``."""
+        manifest: dict[str, Any] = self.store.manifest(trial.key)
+        settings = BundleSettings(
+            model=manifest["model"]["name"],
+            task=Task(**manifest["task"]),
+            mean=tuple(manifest["normalisation"]["mean"]),
+            std=tuple(manifest["normalisation"]["std"]),
+            class_names=tuple(manifest["class_names"]),
+            key=trial.key,
+        )
+        weights = load_tensors(self.store.read(trial.key, "weights.safetensors"))
+        return write_bundle(self.folder / "best", settings, weights)
+
+    def _report(self, folder: Path, plots: Sequence[Path]) -> Report:
+        return Report(
+            name=self.spec.name,
+            rows=self.rows,
+            objectives=self.spec.search.objectives,
+            baseline=self.baseline,
+            command=self.command,
+            tracking_command=self.tracking_command,
+            plots=plots,
+            folder=folder,
+        )

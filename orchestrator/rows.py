@@ -1,0 +1,105 @@
+"""What each trial of a sweep came to, read from the store: the rows of the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from orchestrator.dispatch import Outcome
+from orchestrator.errors import StorageError
+from orchestrator.plan import PlannedStage, Trial
+from orchestrator.report import TrialRow
+from orchestrator.store import Store
+
+__all__ = ["CostHistory", "trial_rows"]
+
+
+def trial_rows(trials: Iterable[Trial], outcomes: Mapping[str, Outcome], store: Store) -> list[TrialRow]:
+    """One row per trial, in order. A shared stage is paid by the first trial that uses it."""
+    manifests: dict[str, dict[str, Any]] = {}
+
+    def manifest(key: str) -> dict[str, Any]:
+        if key not in manifests:
+            manifests[key] = store.manifest(key) if store.has(key) else {}
+        return manifests[key]
+
+    paid: set[str] = set()
+    return [_row(trial, outcomes.get(trial.key), manifest, paid, store) for trial in trials]
+
+
+def _row(
+    trial: Trial,
+    outcome: Outcome | None,
+    manifest: Callable[[str], dict[str, Any]],
+    paid: set[str],
+    store: Store,
+) -> TrialRow:
+    metrics: dict[str, float] = {}
+    seconds = shared_seconds = 0.0
+    for stage in trial.stages:
+        found = manifest(stage.key)
+        metrics |= {f"{stage.name}.{name}": value for name, value in found.get("metrics", {}).items()}
+        cost = float(found.get("cost", {}).get("seconds", 0.0))
+        seconds += cost
+        shared_seconds += cost if stage.key in paid else 0.0
+        paid.add(stage.key)
+    stopped = _stopped_rows(trial, outcome, store)
+    if stopped:
+        metrics |= {f"{trial.final.name}.{name}": value for name, value in stopped[-1].items()}
+    final = manifest(trial.key)
+    return TrialRow(
+        point=trial.point_id,
+        label=trial.point.label or "point",
+        settings=dict(trial.values),
+        seed=trial.seed,
+        status="waiting" if outcome is None or outcome.status == "deferred" else outcome.status,
+        reason=outcome.reason if outcome else "",
+        metrics=metrics,
+        num_parameters=int(final.get("metrics", {}).get("num_parameters", 0)),
+        seconds=seconds,
+        epochs=int(final.get("epochs", stopped[-1]["epoch"] if stopped else 0)),
+        shared_seconds=shared_seconds,
+        history=json.loads(store.read(trial.key, "history.json")) if final else stopped,
+        key=trial.key,
+    )
+
+
+def stopped_path(key: str) -> str:
+    """The document that keeps what a trial had reached when a scheduler stopped it."""
+    return f"stopped/{key}.json"
+
+
+def _stopped_rows(trial: Trial, outcome: Outcome | None, store: Store) -> list[dict[str, float]]:
+    if outcome is None or outcome.status != "stopped":
+        return []
+    record = store.read_json(stopped_path(trial.key))
+    return list(record["rows"]) if record else []
+
+
+class CostHistory:
+    """Expected seconds of a stage, from what epochs of its kind took before: the median, read again now and then."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._per_epoch: dict[str, float] = {}
+
+    def forget(self) -> None:
+        """Read the history again at the next question."""
+        self._per_epoch.clear()
+
+    def seconds(self, stage: PlannedStage) -> float | None:
+        if stage.signature not in self._per_epoch:
+            record = self._read(stage.signature)
+            if record is None:
+                return None
+            known = sorted(record["seconds_per_epoch"])
+            self._per_epoch[stage.signature] = known[len(known) // 2]
+        return self._per_epoch[stage.signature] * stage.epochs
+
+    def _read(self, signature: str) -> dict[str, Any] | None:
+        try:
+            record: dict[str, Any] | None = self._store.read_json(f"costs/{signature}.json")
+        except StorageError:  # an estimate is a courtesy: without history there is none
+            return None
+        return record

@@ -1,0 +1,221 @@
+"""Run a sweep from its specification to its report: the place where plan, store, Ray and tracking meet."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from orchestrator.dispatch import Dispatcher, Outcome
+from orchestrator.ending import Endings
+from orchestrator.errors import ConfigurationError
+from orchestrator.facts import gather_facts
+from orchestrator.journal import EndStatus, Journal
+from orchestrator.keys import Facts
+from orchestrator.monitor import Monitor
+from orchestrator.plan import Plan, Planner, Point, Trial, make_plan
+from orchestrator.progress import Display, make_display
+from orchestrator.result import Result
+from orchestrator.rows import CostHistory, trial_rows
+from orchestrator.search import known_points, make_sampler
+from orchestrator.spec import ExperimentSpec
+from orchestrator.stage import StageRunner
+from orchestrator.store import Store
+from orchestrator.sweep_log import SweepLog
+from orchestrator.tracking import Mirror, ui_command
+from orchestrator.trial import TrialRunner, stop_path
+
+__all__ = ["Sweep"]
+
+DRAIN_SECONDS = 60.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Sweep:
+    """One experiment with its store. ``document_text`` and ``command`` are shown to readers of the results."""
+
+    spec: ExperimentSpec
+    document_text: str = ""
+    command: str = ""
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(self.spec.run.storage, lease_seconds=self.spec.run.lease_seconds)
+
+    @cached_property
+    def facts(self) -> Facts:
+        return gather_facts(self.spec)
+
+    @cached_property
+    def planner(self) -> Planner:
+        return Planner(self.spec, self.facts)
+
+    @property
+    def folder(self) -> Path:
+        """Journal and reports of this sweep: below the storage when it is local, else below ``runs``."""
+        storage = self.spec.run.storage
+        root = Path("runs") if "://" in storage else Path(storage).expanduser()
+        return (root / "sweeps" / self.spec.name).absolute()
+
+    @property
+    def tracking_uri(self) -> str:
+        return self.spec.run.tracking or f"sqlite:///{self.folder.parents[1] / 'mlflow.db'}"
+
+    def plan(self, slots: int = 1) -> Plan:
+        """What would run. Reads the data's fingerprint and the store; starts nothing."""
+        points = known_points(self.spec.search)
+        baselines = [Point(label=label) for label in self.spec.baselines]
+        return make_plan(
+            self.planner,
+            baselines + [Point(values) for values in points or []],
+            has=self.store.has,
+            cost=CostHistory(self.store).seconds,
+            num_undrawn=0 if points is not None else self.spec.search.num_samples,
+            slots=slots,
+        )
+
+    def result(self) -> Result:
+        """What the store knows of this sweep, without running anything."""
+        endings = Endings(self.store, self.spec.search)
+        dispatcher = self._dispatcher(endings.look_up, slots=1)
+        dispatcher.next()
+        return self._result(dispatcher)
+
+    def run(self, quiet: bool = False) -> Result:
+        """Run what is missing, then report. The same call resumes an interrupted sweep and extends a finished one."""
+        self.store.check_writable()
+        self.plan()  # finds every mistake in every point before anything starts
+        endings = Endings(self.store, self.spec.search)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mirror = Mirror(self.folder / "journal.jsonl", self.tracking_uri, self.spec.name)
+        trouble = mirror.check()
+        journal = Journal(self.folder / "journal.jsonl")
+        mirror.start()
+        run_id = uuid.uuid4().hex[:12]
+        with make_display(quiet) as display:
+            if trouble:
+                display.event(f"warning: {trouble} The sweep goes on; its journal is sent when the server is back.")
+            log = SweepLog(journal, self.spec, self.store, code_version())
+            log.sweep_started(self.document_text, self.facts.data)
+            try:
+                dispatcher, interrupted = self._drive(endings, log, display, run_id)
+            except BaseException:
+                log.sweep_ended("KILLED", report=None, best_trial=None, bundle=None, numbers={})
+                mirror.close(DRAIN_SECONDS / 6)
+                raise
+            result = self._result(dispatcher, interrupted=interrupted)
+            result.write()
+            self._log_end(result, log)
+            self._close(mirror, journal, display)
+        return result
+
+    def _drive(
+        self, endings: Endings, log: SweepLog, display: Display, run_id: str
+    ) -> tuple[Dispatcher, bool]:
+        slots = self._slots() if known_points(self.spec.search) is None else 1
+        dispatcher = self._dispatcher(endings.recall, slots)
+        recalled = [(dispatcher.trials[key], outcome) for key, outcome in dispatcher.outcomes.items()]
+        costs = CostHistory(self.store)
+        slots = slots if dispatcher.finished else self._slots()
+        monitor = Monitor(
+            dispatcher, self.store, log, display, name=self.spec.name, objective=self.spec.search.objectives[0],
+            endings=endings, costs=costs, slots=slots,
+        )  # fmt: skip
+        for trial, outcome in recalled:
+            if not log.knows(trial):
+                monitor.log_trial(trial, outcome)
+        if dispatcher.finished:
+            return dispatcher, False
+        return dispatcher, self._run_on_ray(dispatcher, monitor, display, run_id, slots)
+
+    def _slots(self) -> int:
+        from orchestrator.ray_tune import connect, trial_slots
+
+        connect()
+        return trial_slots(self.spec.run)
+
+    def _run_on_ray(
+        self, dispatcher: Dispatcher, monitor: Monitor, display: Display, run_id: str, slots: int
+    ) -> bool:
+        from orchestrator.ray_train import DistributedExecute
+        from orchestrator.ray_tune import SharedData, drive
+
+        try:
+            data = self.spec.data.source.load()
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"data: {error}") from error
+        stages = StageRunner(self.store, self.spec.catalog, self.spec.data, self.spec.run, SharedData(data))
+        del data
+        execute = stages.execute if self.spec.run.workers == 1 else DistributedExecute(stages)
+        runner = TrialRunner(self.store, execute, self.spec.search.objectives, run_id)
+        interrupted = False
+
+        def interrupt() -> None:
+            nonlocal interrupted
+            interrupted = True
+            dispatcher.cancel_waiting()
+            self.store.write_json(stop_path(run_id), {"at": time.time()})
+            display.event("interrupted: running stages stop after their epoch and keep a checkpoint; Ctrl-C again stops now")
+
+        try:
+            drive(self.planner, runner, dispatcher, monitor, slots=slots, interrupt=interrupt)
+        finally:
+            self.store.delete_json(stop_path(run_id))
+        return interrupted
+
+    def _dispatcher(self, recall: Callable[[Trial], Outcome | None], slots: int) -> Dispatcher:
+        return Dispatcher(
+            self.planner,
+            make_sampler(self.spec.search, slots),
+            stored=self.store.has,
+            busy=lambda key: self.store.holder(key) is not None,
+            recall=recall,
+        )
+
+    def _result(self, dispatcher: Dispatcher, interrupted: bool = False) -> Result:
+        return Result(
+            spec=self.spec,
+            rows=trial_rows(dispatcher.trials.values(), dispatcher.outcomes, self.store),
+            trials=dict(dispatcher.trials),
+            broken=tuple(dispatcher.broken),
+            folder=self.folder,
+            store=self.store,
+            command=self.command,
+            tracking_command=ui_command(self.tracking_uri),
+            interrupted=interrupted,
+        )
+
+    def _log_end(self, result: Result, log: SweepLog) -> None:
+        status: EndStatus = "KILLED" if result.interrupted else "FAILED" if result.num_failed else "FINISHED"
+        best = result.best_trial
+        bundle = result.write_best(best) if best is not None else None
+        log.sweep_ended(status, report=self.folder / "report", best_trial=best, bundle=bundle, numbers=result.numbers())
+
+    def _close(self, mirror: Mirror, journal: Journal, display: Display) -> None:
+        journal.close()
+        left = mirror.close(DRAIN_SECONDS)
+        if left:
+            display.event(f"{left} tracking records wait in {self.folder / 'journal.jsonl'}; the same command sends them")
+
+
+def code_version() -> str:
+    """The installed version and, in a checkout, its commit."""
+    from importlib.metadata import version
+
+    found = version("stillhouse")
+    here = Path(__file__).parents[1]
+    if (here / ".git").exists():
+        commit = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if commit.returncode == 0:
+            return f"{found}+{commit.stdout.strip()}"
+    return found
