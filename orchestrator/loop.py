@@ -95,8 +95,6 @@ def evaluate(
     method.eval()
     totals: dict[str, Tensor] = {}
     for batch in stream.batches(0):
-        if len(batch.labels) == 0:
-            continue
         for name, value in method.statistics(batch).items():
             totals[name] = totals[name] + value.double() if name in totals else value.double()
     method.train(was_training)

@@ -58,7 +58,6 @@ class Monitor:
         self._log.trial_started(trial)
 
     def trial_row(self, trial: Trial, row: Row) -> None:
-        self._log.stage_row(trial.final, row)
         self._rows.setdefault(trial.key, []).append(row)
 
     def trial_ended(self, trial: Trial, outcome: Outcome) -> None:

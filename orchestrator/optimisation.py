@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from orchestrator.errors import ConfigurationError
 from orchestrator.workers import SOLO, Workers
 
 __all__ = ["TrainSettings", "Updater", "WeightAverage", "learning_rate_factor", "make_optimizer"]
@@ -42,7 +43,7 @@ class TrainSettings:
     """Nesterov's form of the momentum (``sgd`` only)."""
     weight_decay: float = 5e-4
     """Decay of all parameters, batch norm and biases included."""
-    schedule: str = "step"
+    schedule: Literal["step", "cosine", "poly", "constant"] = "step"
     """``step`` (per epoch), ``cosine``, ``poly`` (per optimizer step) or ``constant``."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
     """Fractions of the run after which ``step`` multiplies the learning rate by ``decay``."""
@@ -52,7 +53,7 @@ class TrainSettings:
     """Exponent of ``poly``: the factor is (1 - progress) ** power."""
     warmup: float = 0.0
     """Fraction of the run in which the learning rate first rises linearly, per optimizer step."""
-    precision: str = "float32"
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
     """Training arithmetic: ``float32``, or autocast to ``bf16`` or ``fp16``. Evaluation is float32 always."""
     accumulate: int = 1
     """Micro-batches into which each worker splits its share of a batch, to save memory."""
@@ -62,11 +63,11 @@ class TrainSettings:
     """Decay per step of the weight average that is evaluated and kept. 0 keeps the plain weights."""
     evaluate_every: int = 1
     """Epochs between evaluations on the validation split. The last epoch is always evaluated."""
-    keep: str = "last"
+    keep: Literal["last", "best"] = "last"
     """Which epoch's weights and metrics the artifact keeps: ``last``, or the ``best`` one on validation."""
     objective: str = ""
     """Validation metric by which ``best`` is chosen. Empty: the method's first evaluation metric."""
-    objective_mode: str = "max"
+    objective_mode: Literal["max", "min"] = "max"
     """Whether ``best`` means the ``max`` or the ``min`` of the objective."""
 
     def __post_init__(self) -> None:
@@ -152,27 +153,42 @@ def learning_rate_factor(settings: TrainSettings, step: int, steps_per_epoch: in
 
 def make_optimizer(settings: TrainSettings, parameters: Sequence[nn.Parameter]) -> Optimizer:
     """The optimizer over ``parameters``, in one group, in the fused implementation where there is one."""
-    shared: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.optimizer not in ("sgd", "adamw"):
+        return _timm_optimizer(settings, parameters)
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    shared: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "fused": fused,
+    }
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **shared, fused=fused)
-    if settings.optimizer != "sgd":
-        from timm.optim import create_optimizer_v2
-
-        name = settings.optimizer.removeprefix("timm/")
-        optimizer: Optimizer = create_optimizer_v2(
-            parameters, opt=name, **shared, momentum=settings.momentum, filter_bias_and_bn=False
-        )
-        return optimizer
-    sgd = torch.optim.SGD(
-        parameters, **shared, momentum=settings.momentum, nesterov=settings.nesterov, fused=fused
-    )
+        return torch.optim.AdamW(parameters, **shared)
+    sgd = torch.optim.SGD(parameters, momentum=settings.momentum, nesterov=settings.nesterov, **shared)
     if settings.momentum > 0:
         # Torch leaves fused buffers uninitialised when the very first step is skipped. Starting from zero is the
         # same arithmetic, and safe.
         for parameter in parameters:
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
+
+
+def _timm_optimizer(settings: TrainSettings, parameters: Sequence[nn.Parameter]) -> Optimizer:
+    from timm.optim import create_optimizer_v2
+
+    try:
+        optimizer: Optimizer = create_optimizer_v2(
+            parameters,
+            opt=settings.optimizer.removeprefix("timm/"),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            filter_bias_and_bn=False,
+        )
+    except ValueError as error:
+        raise ConfigurationError(
+            f"optimizer {settings.optimizer}: {error}; see timm.optim.list_optimizers()"
+        ) from error
+    return optimizer
 
 
 class Updater:
@@ -229,7 +245,7 @@ class Updater:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state(self, tree: Mapping[str, Any]) -> None:
-        """Continue from what ``state`` gave."""
+        """Continue from what ``state`` gave, with its tensors."""
         self.optimizer.load_state_dict(tree["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(tree["scaler"])

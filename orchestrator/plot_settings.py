@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,27 +14,31 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from orchestrator.plot_style import BASELINE, HIGHLIGHTS, finish
 from orchestrator.report_cells import setting, short_names, title
-from orchestrator.report_table import Objective, TrialRow
+from orchestrator.report_table import Goal, TrialRow
 from orchestrator.statistics import spread
 
 __all__ = ["draw_settings"]
 
 MAX_PANELS_PER_ROW = 3
 MAX_COLOURS = len(HIGHLIGHTS)
+MAX_JOINED = 8
+"""Up to so many values the means are joined by a line; more come from random draws and are no curve."""
 LOG_RATIO = 20.0
 """From this ratio of largest to smallest value on, a setting gets a logarithmic axis."""
 
 
-def draw_settings(
-    rows: Sequence[TrialRow], objective: Objective, *, baseline: str | None = None
-) -> Figure | None:
-    """A dot per finished trial, a line through the means; the baseline as a dashed line. None without settings."""
+def draw_settings(rows: Sequence[TrialRow], objective: Goal, *, baseline: str | None = None) -> Figure | None:
+    """A dot per finished trial, a line through the means; the baseline as a dashed line. None without settings.
+
+    A setting with one value among the finished trials has nothing to show and gets no panel, unless all are so.
+    """
     done = [
         row
         for row in rows
         if row.status == "done" and math.isfinite(row.metrics.get(objective.name, math.nan))
     ]
-    names = list(dict.fromkeys(name for row in done for name in row.settings))
+    swept = list(dict.fromkeys(name for row in done for name in row.settings))
+    names = [name for name in swept if len({row.settings.get(name) for row in done} - {None}) > 1] or swept
     if not names:
         return None
     num_columns = min(len(names), MAX_PANELS_PER_ROW)
@@ -45,7 +50,12 @@ def draw_settings(
             panel.set_axis_off()
             continue
         _panel(
-            panel, done, names[position], _colour_setting(done, names, names[position]), objective, baseline
+            panel,
+            done,
+            name=names[position],
+            colour=_colour_setting(done, names, names[position]),
+            objective=objective,
+            baseline=baseline,
         )
         panel.set_xlabel(names[position])
         if position % num_columns == 0:
@@ -56,9 +66,10 @@ def draw_settings(
 def _panel(
     axes: Axes,
     rows: Sequence[TrialRow],
+    *,
     name: str,
     colour: str | None,
-    objective: Objective,
+    objective: Goal,
     baseline: str | None,
 ) -> None:
     varied = [row for row in rows if row.settings.get(name) is not None]
@@ -72,7 +83,16 @@ def _panel(
         shade = HIGHLIGHTS[index % MAX_COLOURS]
         label = f"{short_names([colour])[colour]} {setting(value)}" if colour else ""
         offset = (index - (len(ordered) - 1) / 2) * _offset(axes, places)
-        _series(axes, groups[value], name, places, objective.name, shade, label, offset)
+        _series(
+            axes,
+            groups[value],
+            name=name,
+            places=places,
+            metric=objective.name,
+            colour=shade,
+            label=label,
+            offset=offset,
+        )
     _baseline(axes, rows, objective, baseline)
     finish(axes, name, "")
     if axes.get_legend_handles_labels()[1]:
@@ -82,6 +102,7 @@ def _panel(
 def _series(
     axes: Axes,
     rows: Sequence[TrialRow],
+    *,
     name: str,
     places: dict[Any, float],
     metric: str,
@@ -107,7 +128,7 @@ def _series(
     )
 
 
-def _baseline(axes: Axes, rows: Sequence[TrialRow], objective: Objective, baseline: str | None) -> None:
+def _baseline(axes: Axes, rows: Sequence[TrialRow], objective: Goal, baseline: str | None) -> None:
     named = [row for row in rows if baseline is not None and baseline in (row.label, row.point)]
     if named:
         mean = spread(row.metrics[objective.name] for row in named).mean
@@ -149,7 +170,7 @@ def _offset(axes: Axes, places: dict[Any, float]) -> float:
     if axes.get_xscale() == "log":
         return 0.03
     ordered = sorted(places.values())
-    return 0.03 * min(after - before for before, after in zip(ordered, ordered[1:], strict=False))
+    return 0.03 * min(after - before for before, after in itertools.pairwise(ordered))
 
 
 def _sorted_values(values: set[Any]) -> list[Any]:

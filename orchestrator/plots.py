@@ -5,6 +5,7 @@ Drawn with matplotlib's objects on the Agg canvas: no window, no global state, s
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,16 +17,16 @@ from matplotlib.figure import Figure
 from orchestrator.plot_settings import draw_settings
 from orchestrator.plot_style import BASELINE, HIGHLIGHTS, OTHERS, finish, point_name, style
 from orchestrator.report_cells import title
-from orchestrator.report_table import Objective, TrialRow, on_test, selected
+from orchestrator.report_table import Goal, TrialRow, on_test, selected
 from orchestrator.statistics import spread
 
-__all__ = ["draw_cost", "draw_curves", "draw_settings", "plot"]
+__all__ = ["draw", "draw_cost", "draw_curves", "draw_settings"]
 
 NUM_HIGHLIGHTED = 3
 
 
-def plot(
-    rows: Sequence[TrialRow], objectives: Sequence[Objective], folder: Path, *, baseline: str | None = None
+def draw(
+    rows: Sequence[TrialRow], objectives: Sequence[Goal], folder: Path, *, baseline: str | None = None
 ) -> list[Path]:
     """Draw every picture that the rows allow into ``folder``; the paths of the files, PNG before SVG.
 
@@ -40,9 +41,9 @@ def plot(
         "cost": draw_cost,
     }
     paths = []
-    for name, draw in drawings.items():
+    for name, drawing in drawings.items():
         with style():
-            figure = draw(rows, objectives[0], baseline=baseline)
+            figure = drawing(rows, objectives[0], baseline=baseline)
             if figure is not None:
                 FigureCanvasAgg(figure)
                 for ending in ("png", "svg"):
@@ -51,9 +52,7 @@ def plot(
     return paths
 
 
-def draw_curves(
-    rows: Sequence[TrialRow], objective: Objective, *, baseline: str | None = None
-) -> Figure | None:
+def draw_curves(rows: Sequence[TrialRow], objective: Goal, *, baseline: str | None = None) -> Figure | None:
     """Validation metric per epoch, a line per point (mean over its seeds); the best few and the baseline in colour."""
     metric = objective.name.rpartition(".")[2]
     curves = {point: curve for point, group in _points(rows).items() if (curve := _mean_curve(group, metric))}
@@ -63,7 +62,7 @@ def draw_curves(
     ranked = _ranked({point: groups[point] for point in curves}, objective)
     bases = [point for point in ranked if baseline in (point, groups[point][0].label)]
     coloured = [point for point in ranked if point not in bases][:NUM_HIGHLIGHTED]
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.add_subplot()
     for point in reversed(ranked):
         epochs, values = curves[point]
@@ -73,7 +72,7 @@ def draw_curves(
             axes.plot(
                 epochs,
                 values,
-                marker,
+                marker=marker,
                 ls="-",
                 color=colour,
                 lw=2,
@@ -84,7 +83,7 @@ def draw_curves(
             axes.plot(
                 epochs,
                 values,
-                marker,
+                marker=marker,
                 ls="--",
                 color=BASELINE,
                 lw=1.8,
@@ -92,17 +91,15 @@ def draw_curves(
                 label=groups[point][0].label,
             )
         else:
-            axes.plot(epochs, values, marker, ls="-", color=OTHERS, lw=1, zorder=1)
+            axes.plot(epochs, values, marker=marker, ls="-", color=OTHERS, lw=1, zorder=1)
     _zoom(axes, list(curves.values()), objective)
     hidden = len(ranked) - len(coloured) - len(bases)
     finish(axes, "epoch", f"{title(objective.name)}, validation", integer_x=True)
-    _legend(axes, f"{hidden} other points" if hidden > 1 else "1 other point" if hidden else "")
+    _legend(figure, axes, f"{hidden} other points" if hidden > 1 else "1 other point" if hidden else "")
     return figure
 
 
-def draw_cost(
-    rows: Sequence[TrialRow], objective: Objective, *, baseline: str | None = None
-) -> Figure | None:
+def draw_cost(rows: Sequence[TrialRow], objective: Goal, *, baseline: str | None = None) -> Figure | None:
     """Metric (test where measured, else validation) against training time per trial, a mark per point."""
     finished = {
         point: group for point, group in _points(rows).items() if any(row.status == "done" for row in group)
@@ -111,7 +108,7 @@ def draw_cost(
     split = "test"
     if not any(name in row.metrics for group in finished.values() for row in group):
         name, split = objective.name, "validation"
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.add_subplot()
     ranked = _ranked(finished, objective)
     bases = [point for point in ranked if baseline in (point, finished[point][0].label)]
@@ -145,20 +142,25 @@ def draw_cost(
     )
     hidden = drawn - len(coloured) - len(bases)
     _legend(
-        axes, f"{hidden} other points" if hidden > 1 else "1 other point" if hidden > 0 else "", marker="o"
+        figure,
+        axes,
+        f"{hidden} other points" if hidden > 1 else "1 other point" if hidden > 0 else "",
+        marker="o",
     )
     return figure
 
 
-def _legend(axes: Axes, others: str, marker: str = "") -> None:
+def _legend(figure: Figure, axes: Axes, others: str, marker: str = "") -> None:
     """Best point first, the rest as one grey entry."""
     handles, labels = axes.get_legend_handles_labels()
     entries = list(zip(handles, labels, strict=True))[::-1]
     if others:
-        (line,) = axes.plot([], [], marker, ls="" if marker else "-", color=OTHERS, ms=7)
+        (line,) = axes.plot([], [], marker=marker, ls="" if marker else "-", color=OTHERS, ms=7)
         entries.append((line, others))
     if entries:
-        axes.legend([handle for handle, _ in entries], [label for _, label in entries], loc="best")
+        figure.legend(
+            [handle for handle, _ in entries], [label for _, label in entries], loc="outside lower center"
+        )
 
 
 def _points(rows: Sequence[TrialRow]) -> dict[str, list[TrialRow]]:
@@ -168,14 +170,14 @@ def _points(rows: Sequence[TrialRow]) -> dict[str, list[TrialRow]]:
     return points
 
 
-def _ranked(points: dict[str, list[TrialRow]], objective: Objective) -> list[str]:
+def _ranked(points: dict[str, list[TrialRow]], objective: Goal) -> list[str]:
     """Points by validation mean, the best first; finished ones before those that were stopped."""
 
     def order(point: str) -> tuple[bool, float]:
         group = selected(points[point])
         mean = spread(row.metrics[objective.name] for row in group if objective.name in row.metrics).mean
         value = -mean if objective.maximize else mean
-        return not any(row.status == "done" for row in group), value if value == value else float("inf")
+        return not any(row.status == "done" for row in group), math.inf if math.isnan(value) else value
 
     return sorted(points, key=order)
 
@@ -188,11 +190,11 @@ def _mean_curve(rows: Sequence[TrialRow], metric: str) -> tuple[list[float], lis
             if metric in line:
                 found[line["epoch"]].append(line[metric])
     means = {epoch: spread(values).mean for epoch, values in sorted(found.items())}
-    kept = {epoch: mean for epoch, mean in means.items() if mean == mean}
+    kept = {epoch: mean for epoch, mean in means.items() if not math.isnan(mean)}
     return (list(kept), list(kept.values())) if kept else None
 
 
-def _zoom(axes: Axes, curves: Sequence[tuple[list[float], list[float]]], objective: Objective) -> None:
+def _zoom(axes: Axes, curves: Sequence[tuple[list[float], list[float]]], objective: Goal) -> None:
     """Show where the curves end up, not the first epochs far away from there."""
     settled = sorted(value for _, values in curves for value in values[len(values) // 4 :])
     if len(settled) < 8:

@@ -8,13 +8,15 @@ none that would have to wait for a stage of another, so nothing idle holds a GPU
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import os
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import ray
@@ -46,6 +48,11 @@ ENVIRONMENT = {
 """Tune's own loggers, folders and signal handling are not used: the store is the truth about what is finished."""
 
 OBJECTIVE = "objective"
+"""What the scheduler compares: the first objective's metric."""
+ROW = "row"
+"""An epoch's row as JSON, apart from the numbers that Tune adds."""
+OUTCOME = "outcome"
+"""The last thing that a trial reports, as JSON: Tune flattens anything else."""
 
 
 class SweepListener(Protocol):
@@ -127,13 +134,10 @@ class _TrialFunction:
 
         def report(row: Row) -> None:
             if objective in row:
-                tune.report({**row, OBJECTIVE: row[objective]})
+                tune.report({ROW: json.dumps(row), OBJECTIVE: row[objective], "epoch": row["epoch"]})
 
         outcome = self.runner.run(trial, report)
-        tune.report({
-            "outcome": {"status": outcome.status, "values": list(outcome.values), "reason": outcome.reason},
-            "epoch": trial.final.epochs,
-        })  # fmt: skip
+        tune.report({OUTCOME: json.dumps(asdict(outcome)), "epoch": trial.final.epochs})
 
 
 def trial_objective(planner: Planner) -> str:
@@ -164,7 +168,7 @@ class _DispatchSearcher(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if OBJECTIVE in result and trial_id in self._trials:
-            row = {name: value for name, value in result.items() if isinstance(value, int | float)}
+            row: Row = json.loads(result[ROW])
             self._last_rows[trial_id] = row
             self._listener.trial_row(self._trials[trial_id], row)
 
@@ -193,12 +197,12 @@ class _DispatchSearcher(Searcher):
 def _outcome(result: Mapping[str, Any], row: Row | None, error: bool) -> Outcome:
     if error:
         return Outcome(status="failed", reason="the trial's process died; see Ray's logs on its node (out of memory, lost node?)")
-    told = result.get("outcome")
-    if told is not None:
+    if OUTCOME in result:
+        told = json.loads(result[OUTCOME])
         return Outcome(status=told["status"], values=tuple(told["values"]), reason=told["reason"])
     if row is None:
         return Outcome(status="failed", reason="the trial ended without a result")
-    return Outcome(status="stopped", values=(row[OBJECTIVE],), reason=f"stopped early after epoch {row['epoch']:g}")
+    return Outcome(status="stopped", values=(float(result[OBJECTIVE]),), reason=f"stopped early after epoch {row['epoch']:g}")
 
 
 class _Tick(tune.Callback):
@@ -209,6 +213,9 @@ class _Tick(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._listener.tick()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
 
 def drive(
@@ -248,6 +255,7 @@ def drive(
                 failure_config=tune.FailureConfig(max_failures=planner.spec.run.max_failures),
             ),
         )
+        logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # it misses the result files that we turned off
         tuner.fit()
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -123,7 +124,7 @@ class StageRunner:
                 shuffle=True, **common,
             ),
             "validation": Stream(data.train, indices=held_out, **fixed),
-            "test": Stream(data.test, indices=None, **fixed),
+            "test": Stream(data.test, indices=np.arange(len(data.test)), **fixed),
         }  # fmt: skip
 
     def _put(

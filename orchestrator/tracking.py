@@ -76,7 +76,8 @@ class Mirror:
 
     def check(self) -> str | None:
         """None, or one sentence why the server cannot be reached now. Takes a few seconds at most."""
-        return reach(self.tracking_uri)
+        trouble = reach(self.tracking_uri)
+        return None if trouble is None else f"{trouble}."
 
     def start(self) -> None:
         """Start the thread; returns at once."""

@@ -1,12 +1,14 @@
 """Networks of a few thousand weights for 8x8 digits, so that a whole sweep fits into minutes on one core.
 
-==========  ==========  ===========================================
-name        parameters  role (10 classes, one channel)
-==========  ==========  ===========================================
-tiny_cnn        56 394  teacher
-mini_cnn           906  student
-tiny_mlp           610  student without convolutions
-==========  ==========  ===========================================
+Measured on ``digits`` (SGD .05 with momentum .9, cosine to 0, batch 64, pad 1, three seeds, test set):
+
+=========  ==========  =============  =============  ============================
+name       parameters  top1, 20 ep.   top1, 40 ep.   role
+=========  ==========  =============  =============  ============================
+tiny_cnn       56 554  98.2 to 98.7   98.2 to 99.1   the teacher
+mini_cnn        1 698  89.8 to 91.8   94.9 to 95.8   a student
+tiny_mlp        1 810  90.4 to 92.2   92.2 to 93.3   a student without convolutions
+=========  ==========  =============  =============  ============================
 """
 
 from __future__ import annotations

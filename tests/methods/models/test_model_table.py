@@ -67,7 +67,9 @@ def test_the_table_holds_no_other_name() -> None:
     assert set(MODELS) == {row[0] for row in TABLE} | {"tiny_cnn", "mini_cnn", "tiny_mlp"}
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("tiny_cnn", 56_554), ("mini_cnn", 1_698), ("tiny_mlp", 1_810)])
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("tiny_cnn", 56_554), ("mini_cnn", 1_698), ("tiny_mlp", 1_810)]
+)
 def test_digit_networks_keep_their_size(name: str, parameters: int) -> None:
     assert count_parameters(MODELS[name](num_classes=10, in_channels=1)) == parameters
 
@@ -75,14 +77,12 @@ def test_digit_networks_keep_their_size(name: str, parameters: int) -> None:
 @pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.parametrize(("in_channels", "side"), [(1, 8), (3, 20)])
 def test_any_channels_and_size(name: str, in_channels: int, side: int) -> None:
-    if name in {"resnet110", "resnet32x4"} and side != 8:
-        pytest.skip("same code as the smaller ones, only slower")
     task = Task(num_classes=7, in_channels=in_channels, image_size=side)
     tapped = build_model(MODELS[name], ModelSettings(name=name), task)
     logits, pooled = tapped(torch.rand(2, in_channels, side, side))
     assert logits.shape == (2, 7)
     assert pooled.shape == (2, tapped.num_features)
-    assert torch.equal(tapped.network.eval()(torch.ones(2, in_channels, side, side)).isfinite(), torch.ones(2, 7) > 0)
+    assert bool(logits.isfinite().all())
 
 
 def test_weights_follow_from_the_callers_seed() -> None:
@@ -141,10 +141,19 @@ def test_the_classifier_of_a_stranger_is_its_last_fitting_linear_layer() -> None
 
 
 BAD_NETWORKS = [
-    (lambda **kw: Stranger(kw["num_classes"], 1, outputs=5), "no nn.Linear with 7 outputs.*embed, head.*classifier_path"),
+    (
+        lambda **kw: Stranger(kw["num_classes"], 1, outputs=5),
+        "no nn.Linear with 7 outputs.*embed, head.*classifier_path",
+    ),
     (lambda **kw: Stranger(kw["num_classes"], 3), r"model 'mine' fails on one image of \[1, 8, 8\]"),
-    (lambda **kw: _with_path(Stranger(7, 1), "haed"), "'haed' is not a module of Stranger; did you mean 'head'"),
-    (lambda **kw: _with_path(Stranger(7, 1, outputs=5), "head"), r"gives \[1, 5\] for one image, expected \[1, 7\]"),
+    (
+        lambda **kw: _with_path(Stranger(7, 1), "haed"),
+        "'haed' is not a module of Stranger; did you mean 'head'",
+    ),
+    (
+        lambda **kw: _with_path(Stranger(7, 1, outputs=5), "head"),
+        r"gives \[1, 5\] for one image, expected \[1, 7\]",
+    ),
 ]
 
 

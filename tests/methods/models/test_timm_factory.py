@@ -15,7 +15,12 @@ timm = pytest.importorskip("timm")
 
 @pytest.mark.parametrize(
     ("name", "width"),
-    [("mobilenetv3_small_050", 1024), ("vit_tiny_patch16_224", 192), ("convnext_atto", 320), ("resnet10t", 512)],
+    [
+        ("mobilenetv3_small_050", 1024),
+        ("vit_tiny_patch16_224", 192),
+        ("convnext_atto", 320),
+        ("resnet10t", 512),
+    ],
 )
 def test_timm_models_are_tapped_where_their_classifier_is(name: str, width: int) -> None:
     task = Task(num_classes=7, in_channels=1, image_size=32)
@@ -43,8 +48,9 @@ def test_a_local_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_model_without_published_weights() -> None:
-    settings = ModelSettings(name="timm/resnet10t.nosuch", pretrained=True)
-    architectures = [n for n in timm.list_models("test_*") if not timm.models.get_pretrained_cfg(n).has_weights]
+    architectures = [
+        n for n in timm.list_models("test_*") if not timm.models.get_pretrained_cfg(n).has_weights
+    ]
     name = architectures[0] if architectures else "vit_base_patch16_xp_224"
     settings = ModelSettings(name=f"timm/{name}", pretrained=True)
     with pytest.raises(ValueError, match=r"publishes no weights .*set pretrained to false"):
@@ -57,5 +63,7 @@ def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(timm, "create_model", unreachable)
     settings = ModelSettings(name="timm/resnet18", pretrained=True)
-    with pytest.raises(OSError, match=r"weights of 'resnet18': no route to host.*model.checkpoint a local file"):
+    with pytest.raises(
+        OSError, match=r"weights of 'resnet18': no route to host.*model.checkpoint a local file"
+    ):
         build_model(timm_factory("timm/resnet18"), settings, Task(num_classes=3))

@@ -92,8 +92,16 @@ def cut(file: Path) -> None:
 
 BAD_FILES = [
     ("absent.safetensors", lambda file: None, "absent.safetensors is not a file: check the path"),
-    ("weights.onnx", lambda file: file.write_bytes(b"x"), "ends in '.onnx'; expected .safetensors, .pt or .pth"),
-    ("half.safetensors", lambda f: (save_file(mlp().network.state_dict(), f), cut(f)), "not a complete safetensors"),
+    (
+        "weights.onnx",
+        lambda file: file.write_bytes(b"x"),
+        "ends in '.onnx'; expected .safetensors, .pt or .pth",
+    ),
+    (
+        "half.safetensors",
+        lambda f: (save_file(mlp().network.state_dict(), f), cut(f)),
+        "not a complete safetensors",
+    ),
     ("half.pt", lambda f: (torch.save(mlp().network.state_dict(), f), cut(f)), "half.pt is damaged"),
     ("empty.pt", lambda f: f.write_bytes(b""), "empty.pt.*damaged"),
     ("list.pt", lambda f: torch.save([1, 2], f), "holds a list, expected a state dict"),
