@@ -128,9 +128,10 @@ class RunState:
         self.sums = None if tree["sums"] is None else self._own_share(tree["sums"]).to(self.device)
         self.num_rows = int(self._own_share(tree["num_rows"]))
         if len(tree["random"]) == self.workers.size:
-            torch.set_rng_state(tree["random"][self.workers.rank])
+            # Cloned, because torch crashes on a state that does not begin on an aligned address.
+            torch.set_rng_state(tree["random"][self.workers.rank].clone())
             if tree["random_cuda"] is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(tree["random_cuda"][self.workers.rank], self.device)
+                torch.cuda.set_rng_state(tree["random_cuda"][self.workers.rank].clone(), self.device)
 
     def _own_share(self, gathered: Tensor) -> Tensor:
         """This worker's part of saved sums; with another number of workers than then, worker 0 takes them all."""

@@ -108,6 +108,8 @@ class StageRunner:
             torch.manual_seed(derive_seed(stage.seed, "initialise", spec.method))
             model = self.catalog.build_model(spec.model, task) if spec.model else None
             method = self.catalog.method(spec.method)(spec.settings, task=task, model=model, inputs=inputs)
+        for network in (method, *(teacher.network for teacher in inputs.values())):
+            network.to(memory_format=torch.channels_last)  # convolutions run about 1.5 x faster, on CPU too
         return method.to(device)
 
     def _streams(self, stage: PlannedStage, data: ImageData, device: torch.device) -> dict[str, Stream]:

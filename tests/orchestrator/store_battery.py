@@ -126,7 +126,7 @@ class StoreBattery:
         store.put(KEY, FILES, {"writer": 1})
         store.put(KEY, {"other.json": b"{}"}, {"writer": 2})
         assert store.manifest(KEY)["writer"] == 1
-        assert len([entry for entry in store._files.walk("artifacts")]) == len(FILES) + 1
+        assert len(list(store._files.walk("artifacts"))) == len(FILES) + 1
 
     def test_has_one_winner_among_threads(self, store: Store) -> None:
         barrier = threading.Barrier(6)
@@ -292,7 +292,7 @@ class StoreBattery:
         store.delete_json("failures/a.json")
         assert store.read_json("failures/a.json") is None
         store._files.write("failures/c.json", b"{half")
-        with pytest.raises(DamagedArtifactError, match="failures/c.json"):
+        with pytest.raises(DamagedArtifactError, match=r"failures/c\.json"):
             store.read_json("failures/c.json")
 
     def test_gc_keeps_what_is_reachable_young_or_leased(self, store: Store, clock: ManualClock) -> None:

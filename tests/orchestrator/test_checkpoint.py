@@ -101,7 +101,7 @@ def test_any_tree_comes_back_bit_for_bit(tree: Any) -> None:
         struct.unpack(">d", bytes.fromhex("7ff8dead00000001"))[0], "\ud800 lone", "", [], (), {}, ((),), [[]],
         {1: "a", "1": "b", None: "c", (1, (2,)): "d", 0.5: "e"}, {"int": "0x1"}, {"tensor": "0"}, {"dict": []},
     ],
-    ids=repr if False else None,
+    ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_corner_values_come_back(value: Any) -> None:
     assert same(value, restored(value))
