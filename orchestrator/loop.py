@@ -102,7 +102,7 @@ def evaluate(
 
 
 class _Objective(nn.Module):
-    """A method as something DDP understands: tensors out. Values are ``total``, losses and metrics, float64."""
+    """A method as something DDP understands: tensors out. Values are its losses, metrics and their total."""
 
     def __init__(self, method: Method) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class _Objective(nn.Module):
         values = {name: loss.value for name, loss in step.losses.items()} | dict(step.metrics)
         values["loss"] = total
         self.names = list(values)
-        return total, torch.stack([value.detach() for value in values.values()]).double()
+        return total, torch.stack([value.detach() for value in values.values()])
 
 
 class _Run:
@@ -173,7 +173,7 @@ class _Run:
         state, stream = self.state, self.training
         num_rows = min(stream.batch_size, stream.num_samples - state.position * stream.batch_size)
         micro_batches = _split(batch, self.settings.accumulate)
-        total = torch.zeros((), device=self.device)
+        totals = []
         for micro in micro_batches:
             share = len(micro.labels) * self.workers.size / num_rows
             with nullcontext() if micro is micro_batches[-1] else self.workers.no_sync(self.parallel):
@@ -181,12 +181,12 @@ class _Run:
                     loss, values = self.parallel(micro)
                 loss = loss if share == 1 else loss * share
                 state.updater.backward(loss)
-            total = total + loss.detach()
+            totals.append(loss.detach())
             state.add(self.objective.names, values, len(micro.labels))
         step = state.epoch * stream.num_batches + state.position
         factor = learning_rate_factor(self.settings, step, stream.num_batches)
         state.learning_rate = self.settings.learning_rate * factor
-        state.updater.step(total, state.learning_rate)
+        state.updater.step(sum(totals[1:], totals[0]), state.learning_rate)
         return cast(Tensor, values)
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -214,8 +214,10 @@ class Updater:
         is_fused = all(group.get("fused") for group in self.optimizer.param_groups)
         self.is_deferred = device.type != "cpu" and (is_fused or self.scaler.is_enabled())
         self.patience = FP16_PATIENCE if self.scaler.is_enabled() else 1
-        self.streak = torch.zeros((), dtype=torch.int64, device=device)
-        self.worst = self.streak.clone()
+        self._streak: Tensor | int = (
+            torch.zeros((), dtype=torch.int64, device=device) if self.is_deferred else 0
+        )
+        self._worst = self._streak
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss``, scaled where fp16 needs it."""
@@ -228,17 +230,16 @@ class Updater:
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        finite = self.workers.all_true(torch.isfinite(norm) & torch.isfinite(loss))
+        finite = self._all_finite(norm, loss)
         if self.settings.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
         self._update(finite)
-        self.streak = torch.where(finite, 0, self.streak + 1)
-        self.worst = torch.maximum(self.worst, self.streak)
+        self._count(finite)
         self.optimizer.zero_grad(set_to_none=True)
 
     def has_diverged(self) -> bool:
         """Whether broken steps have come ``patience`` times in a row. Waits for the device."""
-        return int(self.worst.item()) >= self.patience
+        return int(self._worst) >= self.patience
 
     def state(self) -> dict[str, Any]:
         """Plain tree of the optimizer's and the scaler's state. Its tensors are live."""
@@ -250,16 +251,32 @@ class Updater:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(tree["scaler"])
 
-    def _update(self, finite: Tensor) -> None:
+    def _all_finite(self, *scalars: Tensor) -> Tensor | bool:
+        """Whether they are finite on every worker: a flag on the device where the verdict is deferred."""
+        if self.is_deferred:
+            return self.workers.all_true(torch.isfinite(torch.stack(scalars)).all())
+        finite = all(math.isfinite(scalar.item()) for scalar in scalars)
+        return bool(self.workers.all_true(torch.tensor(finite)))
+
+    def _update(self, finite: Tensor | bool) -> None:
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        elif self.is_deferred:
+        elif isinstance(finite, Tensor):
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
             self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif finite.item():
+        elif finite:
             self.optimizer.step()
+
+    def _count(self, finite: Tensor | bool) -> None:
+        """Broken steps in a row, and the longest such row, without waiting for the device."""
+        if isinstance(finite, Tensor):
+            self._streak = torch.where(finite, 0, self._streak + 1)
+            self._worst = torch.maximum(torch.as_tensor(self._worst), self._streak)
+        else:
+            self._streak = 0 if finite else self._streak + 1
+            self._worst = max(self._worst, self._streak)
 
 
 class WeightAverage:

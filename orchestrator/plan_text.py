@@ -19,10 +19,11 @@ def plan_text(plan: Plan) -> str:
     rows = [("stage", "method", "model", "distinct", "stored", "to run", "used by", "expected")]
     counts = plan.counts()
     missing = plan.missing
-    for name, stages in by_name.items():
+    for name in sorted(by_name, key=lambda name: _depth(name, by_name)):
+        stages, depth = by_name[name], _depth(name, by_name)
         to_run = [stage for stage in stages if stage.key in missing]
         rows.append((
-            _indent(stages[0], by_name) + name,
+            "  " * (depth - 1) + "└ " * (depth > 0) + name,
             _list({stage.spec.method for stage in stages}),
             _list({stage.spec.model.name for stage in stages if stage.spec.model}),
             str(counts[name]["all"]),
@@ -64,15 +65,11 @@ def _closing(plan: Plan) -> list[str]:
     return lines
 
 
-def _indent(stage: PlannedStage, by_name: dict[str, list[PlannedStage]]) -> str:
-    depth = 0
-    while stage.inputs:
-        parents = [other for stages in by_name.values() for other in stages if other.key in stage.inputs.values()]
-        if not parents:
-            break
-        stage = parents[0]
-        depth += 1
-    return "  " * (depth - 1) + "└ " if depth else ""
+def _depth(name: str, by_name: dict[str, list[PlannedStage]]) -> int:
+    """How many stages stand above this one, by the longest way."""
+    names = {stage.key: stage.name for stages in by_name.values() for stage in stages}
+    above = {names[key] for stage in by_name[name] for key in stage.inputs.values()}
+    return max((_depth(other, by_name) + 1 for other in above), default=0)
 
 
 def _list(names: set[str]) -> str:

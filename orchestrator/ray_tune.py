@@ -12,11 +12,13 @@ import json
 import logging
 import os
 import signal
+import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
@@ -43,7 +45,7 @@ ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
+    "RAY_worker_niceness": "0",
 }
 """Tune's own loggers, folders and signal handling are not used: the store is the truth about what is finished."""
 
@@ -84,19 +86,33 @@ class SharedData:
 
 
 def connect() -> None:
-    """Join the cluster that this process runs on, else start one on this machine, closed to the network."""
+    """Join the cluster that this machine belongs to, else start a local one, closed to the network.
+
+    Only a cluster made by ``ray start`` (or named by RAY_ADDRESS) is joined: a local one belongs to the process that
+    started it and ends with it.
+    """
     if ray.is_initialized():
         return
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
-    if os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS") or _cluster_is_here():
         ray.init(**options)
-        return
+    else:
+        ray.init(address="local", include_dashboard=False, **options)
+
+
+def _cluster_is_here() -> bool:
+    """Whether the cluster noted by ``ray start`` on this machine still answers."""
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    if not note.exists():
+        return False
+    host, _, port = note.read_text().strip().rpartition(":")
     try:
-        ray.init(address="auto", **options)
-    except ConnectionError:
-        ray.init(include_dashboard=False, **options)
+        socket.create_connection((host, int(port)), timeout=2.0).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def trial_resources(run: RunSettings) -> dict[str, float]:

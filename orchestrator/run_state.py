@@ -63,7 +63,7 @@ class RunState:
     def add(self, names: list[str], values: Tensor, num_rows: int) -> None:
         """Add means over ``num_rows`` rows to the sums of this epoch, on the device."""
         if self.sums is None:
-            self.names, self.sums = names, torch.zeros_like(values)
+            self.names, self.sums = names, torch.zeros_like(values, dtype=torch.float64)
         elif names != self.names:
             raise ValueError(
                 f"{type(self.method).__name__} must give the same losses and metrics in each step of an epoch: "

@@ -69,7 +69,8 @@ def parse(cls: type[T], values: Any, path: str, problems: Problems) -> T | None:
     try:
         return cls(**arguments)
     except ValueError as error:
-        problems.add(path, str(error))
+        subject = str(error).partition(" ")[0]
+        problems.add(f"{path}.{subject}" if subject in fields else path, str(error))
         return None
 
 

@@ -315,13 +315,18 @@ class MlflowTarget:
 
         bundle = Path(record["bundle"])
         settings = read_bundle(bundle)
+        if settings.key != record["key"]:
+            self._refuse(f"model {record['key']} of {record['id']}: {bundle} holds {settings.key} by now")
+            return
         logged = self._logged_model(run_id, settings)
         if logged.status != "READY":
             with tempfile.TemporaryDirectory() as folder:
                 _save_model(Path(folder) / "model", bundle, settings, logged, run_id)
                 self._client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
             self._client.finalize_logged_model(logged.model_id, "READY")
-        self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        outputs = self._client.get_run(run_id).outputs
+        if logged.model_id not in {output.model_id for output in outputs.model_outputs}:
+            self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
 
     def _logged_model(self, run_id: str, settings: BundleSettings) -> Any:
         """The logged model of this run and content key, made when there is none."""
@@ -368,20 +373,20 @@ def _save_model(path: Path, bundle: Path, settings: BundleSettings, logged: Any,
     from mlflow.types import Schema, TensorSpec
 
     task = settings.task
-    pixels = TensorSpec(np.dtype("uint8"), (-1, task.in_channels, task.image_size, task.image_size), "pixels")
-    logits = TensorSpec(np.dtype("float32"), (-1, task.num_classes), "logits")
+    pixels = TensorSpec(np.dtype("uint8"), (-1, task.in_channels, task.image_size, task.image_size))
+    logits = TensorSpec(np.dtype("float32"), (-1, task.num_classes))
     model = Model(
         artifact_path=logged.artifact_location,
         run_id=run_id,
         model_id=logged.model_id,
         model_uuid=logged.model_id,
+        signature=ModelSignature(Schema([pixels]), Schema([logits])),
     )
     pyfunc.save_model(
         str(path),
         loader_module="orchestrator.serving",
         data_path=str(bundle),
         mlflow_model=model,
-        signature=ModelSignature(Schema([pixels]), Schema([logits])),
         pip_requirements=requirements(),
         metadata={
             "model": settings.model,

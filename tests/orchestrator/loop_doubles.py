@@ -56,7 +56,9 @@ class Tiny(Method):
         if self.settings.poison is not None:
             ce = self.settings.poison(batch, ce)
         accuracy = (logits.argmax(1) == batch.labels).float().mean() * 100
-        return Step(losses={"ce": Loss(ce), "norm": Loss(logits.detach().norm(), 0.0)}, metrics={"top1": accuracy})
+        return Step(
+            losses={"ce": Loss(ce), "norm": Loss(logits.detach().norm(), 0.0)}, metrics={"top1": accuracy}
+        )
 
     def statistics(self, batch: Batch) -> dict[str, Tensor]:
         logits = self.network(batch.images)
@@ -82,7 +84,13 @@ def make_method(dtype: torch.dtype = torch.float32, **settings: Any) -> Tiny:
 
 
 def make_stream(
-    num_samples: int = 22, batch_size: int = 8, *, shuffle: bool = True, rank: int = 0, num_workers: int = 1, seed: int = 3
+    num_samples: int = 22,
+    batch_size: int = 8,
+    *,
+    shuffle: bool = True,
+    rank: int = 0,
+    num_workers: int = 1,
+    seed: int = 3,
 ) -> Stream:
     """Random images whose brightness tells the class a little."""
     random = np.random.default_rng(seed)
@@ -108,7 +116,11 @@ class DoubleStream:
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
-        self.batch_size, self.num_batches, self.num_samples = stream.batch_size, stream.num_batches, stream.num_samples
+        self.batch_size, self.num_batches, self.num_samples = (
+            stream.batch_size,
+            stream.num_batches,
+            stream.num_samples,
+        )
 
     def batches(self, epoch: int, start: int = 0) -> Any:
         for batch in self.stream.batches(epoch, start):

@@ -11,7 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loop_doubles import (
-    CPU, DoubleStream, Killed, MemorySlot, Tiny, assert_same_bits, make_method, make_stream, without_time,
+    CPU,
+    DoubleStream,
+    Killed,
+    MemorySlot,
+    Tiny,
+    assert_same_bits,
+    make_method,
+    make_stream,
+    without_time,
 )  # fmt: skip
 from torch import Tensor
 
@@ -21,7 +29,9 @@ from orchestrator.loop import StopTraining, Training, evaluate, train
 from orchestrator.optimisation import TrainSettings
 
 
-def run(method: Tiny | None = None, *, validate: bool = True, training: Any = None, **arguments: Any) -> Training:
+def run(
+    method: Tiny | None = None, *, validate: bool = True, training: Any = None, **arguments: Any
+) -> Training:
     """Train with short settings; what is not an argument of ``train`` is a setting."""
     names = ("checkpoints", "observe", "checkpoint_seconds", "clock", "seed")
     own = {name: arguments.pop(name) for name in names if name in arguments}
@@ -45,7 +55,9 @@ def test_weights_and_history_equal_a_plain_loop_bit_for_bit() -> None:
     expected = []
     method.train()
     for epoch in range(4):
-        optimizer.param_groups[0]["lr"] = learning_rate = 0.05 * 0.1 ** sum(epoch >= start for start in (3, 3, 4))
+        optimizer.param_groups[0]["lr"] = learning_rate = 0.05 * 0.1 ** sum(
+            epoch >= start for start in (3, 3, 4)
+        )
         total = 0.0
         for batch in stream.batches(epoch):
             optimizer.zero_grad()
@@ -59,7 +71,15 @@ def test_weights_and_history_equal_a_plain_loop_bit_for_bit() -> None:
     for row, wanted in zip(training.history, expected, strict=True):
         assert {name: row[name] for name in wanted} == pytest.approx(wanted)
         assert row["train_ce"] == row["train_loss"]
-        assert row.keys() == {"epoch", "time", "learning_rate", "train_loss", "train_ce", "train_norm", "train_top1"}
+        assert row.keys() == {
+            "epoch",
+            "time",
+            "learning_rate",
+            "train_loss",
+            "train_ce",
+            "train_norm",
+            "train_top1",
+        }
     assert training.metrics.keys() == {"train_loss", "train_ce", "train_norm", "train_top1"}
 
 
@@ -81,7 +101,9 @@ def test_accumulation_equals_the_full_batch(accumulate: int) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("num_rows", "accumulate", "sizes"), [(8, 3, [3, 3, 2]), (3, 8, [3]), (5, 4, [3, 2])])
+@pytest.mark.parametrize(
+    ("num_rows", "accumulate", "sizes"), [(8, 3, [3, 3, 2]), (3, 8, [3]), (5, 4, [3, 2])]
+)
 def test_micro_batches_have_two_rows_or_more(num_rows: int, accumulate: int, sizes: list[int]) -> None:
     seen: list[int] = []
 
@@ -91,7 +113,11 @@ def test_micro_batches_have_two_rows_or_more(num_rows: int, accumulate: int, siz
         return loss
 
     run(
-        make_method(poison=note), training=make_stream(num_rows), validate=False, epochs=1, accumulate=accumulate
+        make_method(poison=note),
+        training=make_stream(num_rows),
+        validate=False,
+        epochs=1,
+        accumulate=accumulate,
     )
     assert seen == sizes
 
@@ -133,9 +159,17 @@ def test_best_epoch_is_kept(objective: str, mode: str) -> None:
     method = make_method()
 
     def note(row: dict[str, float]) -> None:
-        seen[int(row["epoch"])] = {name: tensor.clone() for name, tensor in method.network.state_dict().items()}
+        seen[int(row["epoch"])] = {
+            name: tensor.clone() for name, tensor in method.network.state_dict().items()
+        }
 
-    settings = {"epochs": 6, "learning_rate": 0.5, "keep": "best", "objective": objective, "objective_mode": mode}
+    settings = {
+        "epochs": 6,
+        "learning_rate": 0.5,
+        "keep": "best",
+        "objective": objective,
+        "objective_mode": mode,
+    }
     training = run(method, observe=note, **settings)
     values = [row[objective or "top1"] for row in training.history]
     best = values.index(max(values) if mode == "max" else min(values))
@@ -165,7 +199,14 @@ def test_low_precision_trains(precision: str) -> None:
 RESUMED = [
     {},
     {"batch_norm": False, "dropout": 0.5},
-    {"dropout": 0.3, "accumulate": 3, "ema_decay": 0.8, "clip_norm": 0.5, "schedule": "cosine", "warmup": 0.4},
+    {
+        "dropout": 0.3,
+        "accumulate": 3,
+        "ema_decay": 0.8,
+        "clip_norm": 0.5,
+        "schedule": "cosine",
+        "warmup": 0.4,
+    },
     {"optimizer": "adamw", "schedule": "poly", "evaluate_every": 2, "dropout": 0.2},
     {"keep": "best", "objective": "loss", "objective_mode": "min", "learning_rate": 0.5, "ema_decay": 0.5},
     {"optimizer": "timm/lamb", "learning_rate": 0.01, "dropout": 0.2},
@@ -174,7 +215,9 @@ RESUMED = [
 ]
 
 
-@pytest.mark.parametrize("settings", RESUMED, ids=lambda settings: "-".join(map(str, settings.values())) or "plain")
+@pytest.mark.parametrize(
+    "settings", RESUMED, ids=lambda settings: "-".join(map(str, settings.values())) or "plain"
+)
 def test_resumed_run_has_the_same_bits_wherever_it_was_interrupted(settings: dict[str, Any]) -> None:
     settings = dict(settings)
     tiny = {name: settings.pop(name) for name in ("batch_norm", "dropout") if name in settings}
@@ -198,7 +241,7 @@ def test_resumed_run_has_the_same_bits_wherever_it_was_interrupted(settings: dic
 def test_interrupted_again_and_again() -> None:
     """A process that dies at every second checkpoint arrives all the same."""
     whole, slot = run(make_method(dropout=0.5)), MemorySlot()
-    for attempt in range(20):
+    for attempt in range(20):  # noqa: B007
         slot.die_after = slot.num_saves + 2
         try:
             resumed = run(make_method(dropout=0.5), checkpoints=slot, checkpoint_seconds=0.0)
@@ -273,7 +316,9 @@ def nan_in_epoch(epoch: int) -> Callable[[Batch, Tensor], Tensor]:
 def test_nan_loss_is_divergence_and_leaves_the_weights_finite(settings: dict[str, Any]) -> None:
     method = make_method(poison=nan_in_epoch(1))
     seen: list[float] = []
-    with pytest.raises(DivergedError, match=r"epoch 2, at step 1: not finite: ce, loss; .* rate 0\.05") as caught:
+    with pytest.raises(
+        DivergedError, match=r"epoch 2, at step 1: not finite: ce, loss; .* rate 0\.05"
+    ) as caught:
         run(method, observe=lambda row: seen.append(row["epoch"]), **settings)
     assert "ce nan" in str(caught.value)
     assert seen == [1]
@@ -321,7 +366,9 @@ def test_changing_loss_names_are_refused() -> None:
             return step
 
     method = Fickle(make_method().settings)
-    with pytest.raises(ValueError, match=r"Fickle must give the same losses and metrics .*rows6.* after .*rows8"):
+    with pytest.raises(
+        ValueError, match=r"Fickle must give the same losses and metrics .*rows6.* after .*rows8"
+    ):
         run(method)
 
 

@@ -122,7 +122,7 @@ def test_a_refused_record_is_named_once_counted_and_left_out(
     (Failure.UNAVAILABLE, "artifact", True, True),
 ])  # fmt: skip
 def test_what_is_uncertain_is_tried_a_few_times(
-    journal: Journal, follow, tmp_path: Path, failure: Failure, op: str, up: bool, skipped: bool
+    journal: Journal, follow, tmp_path: Path, *, failure: Failure, op: str, up: bool, skipped: bool
 ) -> None:
     journal.artifact("trial", tmp_path)
     target = FakeTarget()

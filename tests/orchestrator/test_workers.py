@@ -11,9 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
-from loop_doubles import CPU, DoubleStream, MemorySlot, assert_same_bits, make_method, make_stream, without_time
-from torch import Tensor
+from loop_doubles import (
+    CPU,
+    DoubleStream,
+    MemorySlot,
+    assert_same_bits,
+    make_method,
+    make_stream,
+    without_time,
+)
+from torch import Tensor, multiprocessing
 
 from methods.base import Batch
 from orchestrator import loop
@@ -40,7 +47,13 @@ class Slot(MemorySlot):
         self.kept.append(self.files)
 
 
-def run(workers: Workers, *, settings: TrainSettings = SETTINGS, dtype: torch.dtype = torch.float64, **options: Any) -> Training:
+def run(
+    workers: Workers,
+    *,
+    settings: TrainSettings = SETTINGS,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> Training:
     """Train on this worker's share; options are those of the method, and ``slot`` and ``observe``."""
     own = {"checkpoints": options.pop("slot", None), "observe": options.pop("observe", loop.ignore)}
     method = options.pop("method", None) or make_method(dtype, **{"batch_norm": False, **options})
@@ -80,7 +93,9 @@ def resumed_everywhere(workers: Workers, folder: Path) -> list[dict[str, Any]]:
     results = [as_tree(run(workers, settings=settings, slot=slot, **options))]
     if workers.rank == 0:
         for number, files in enumerate(slot.kept):
-            (folder / f"{number}.tree").write_bytes(to_bytes({"files": {n: list(b) for n, b in files.items()}})["tree.json"])
+            (folder / f"{number}.tree").write_bytes(
+                to_bytes({"files": {n: list(b) for n, b in files.items()}})["tree.json"]
+            )
     workers.barrier()
     for path in sorted(folder.glob("*.tree")):
         empty = to_bytes({})
@@ -117,7 +132,9 @@ def scenarios(workers: Workers, folder: Path) -> dict[str, Any]:
         "broadcast": broadcast,
         "gathered": workers.gather(torch.tensor([rank, 7])),
         "flags": [workers.broadcast_flag(rank == 0), workers.broadcast_flag(rank == 1)],
-        "all_true": [bool(workers.all_true(torch.tensor(flag))) for flag in (True, rank == 0, rank == 1, False)],
+        "all_true": [
+            bool(workers.all_true(torch.tensor(flag))) for flag in (True, rank == 0, rank == 1, False)
+        ],
         "sums": workers.all_reduce_sum({"a": torch.tensor(1.5), "b": torch.arange(3)}),
         "stopped": caught(lambda: run(workers, observe=lambda row: row["epoch"] == 2)),
         "raised": caught(lambda: run(workers, observe=refuse)),
@@ -144,13 +161,18 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("workers")
     multiprocessing.spawn(work, args=(str(folder),), nprocs=2)
     names = list(to_bytes({}))
-    return [from_bytes({name: (folder / f"{rank}-{name}").read_bytes() for name in names}) for rank in range(2)]
+    return [
+        from_bytes({name: (folder / f"{rank}-{name}").read_bytes() for name in names}) for rank in range(2)
+    ]
 
 
 @pytest.mark.parametrize(
-    ("scenario", "settings"), [("plain", SETTINGS), ("accumulated", replace(SETTINGS, accumulate=2, clip_norm=0.5))]
+    ("scenario", "settings"),
+    [("plain", SETTINGS), ("accumulated", replace(SETTINGS, accumulate=2, clip_norm=0.5))],
 )
-def test_two_workers_train_what_one_does(left: list[dict[str, Any]], scenario: str, settings: TrainSettings) -> None:
+def test_two_workers_train_what_one_does(
+    left: list[dict[str, Any]], scenario: str, settings: TrainSettings
+) -> None:
     alone = run(SOLO, settings=settings)
     for worker in left:
         found = worker[scenario]
@@ -158,7 +180,9 @@ def test_two_workers_train_what_one_does(left: list[dict[str, Any]], scenario: s
             torch.testing.assert_close(found["weights"][name], tensor, rtol=1e-9, atol=1e-11)
         for row, expected in zip(without_time(found["history"]), without_time(alone.history), strict=True):
             same = {name for name in row if name != "train_norm"}  # a norm over rows is no mean over rows
-            assert {name: row[name] for name in same} == pytest.approx({name: expected[name] for name in same})
+            assert {name: row[name] for name in same} == pytest.approx(
+                {name: expected[name] for name in same}
+            )
             assert row["top1"] == expected["top1"]
 
 
@@ -183,17 +207,26 @@ def test_collectives(left: list[dict[str, Any]]) -> None:
         assert worker["gathered"].tolist() == [[0, 7], [1, 7]]
         assert worker["flags"] == [True, False]
         assert worker["all_true"] == [True, False, False, False]
-        assert {name: total.tolist() for name, total in worker["sums"].items()} == {"a": 3.0, "b": [0.0, 2.0, 4.0]}
+        assert {name: total.tolist() for name, total in worker["sums"].items()} == {
+            "a": 3.0,
+            "b": [0.0, 2.0, 4.0],
+        }
 
 
 def test_all_workers_leave_together(left: list[dict[str, Any]]) -> None:
-    assert [worker["stopped"] for worker in left] == ["StopTraining: stopped after epoch 2 of 3: the observer said so"] * 2
+    assert [worker["stopped"] for worker in left] == [
+        "StopTraining: stopped after epoch 2 of 3: the observer said so"
+    ] * 2
     assert left[0]["raised"] == "KeyError: 'refused'"
     assert left[1]["raised"].startswith(StopTraining.__name__)
     for worker in left:
-        assert worker["diverged"].startswith(f"{DivergedError.__name__}: training diverged in epoch 2, at step 1")
+        assert worker["diverged"].startswith(
+            f"{DivergedError.__name__}: training diverged in epoch 2, at step 1"
+        )
         assert worker["finite"]
-        assert worker["discord"].startswith(f"{StillhouseError.__name__}: workers found checkpoints at different places")
+        assert worker["discord"].startswith(
+            f"{StillhouseError.__name__}: workers found checkpoints at different places"
+        )
 
 
 def test_resumed_workers_have_the_same_bits(left: list[dict[str, Any]]) -> None:

@@ -94,13 +94,23 @@ def test_the_official_fingerprint_needs_no_reading_and_ignores_the_place(tmp_pat
     assert here != Cifar10(root=str(tmp_path / "here")).fingerprint()
 
 
+@pytest.mark.parametrize("table", ["train_list", "test_list"])
+def test_another_release_has_another_fingerprint(
+    table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    before = Cifar10(root=str(tmp_path)).fingerprint()
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, table, [("renewed", "0" * 32)])
+    assert Cifar10(root=str(tmp_path)).fingerprint() != before
+
+
 def test_a_changed_archive_is_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     official(tmp_path, "CIFAR10", monkeypatch)
     file = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     file.write_bytes(b"something else")
     monkeypatch.setattr(pickle, "load", lambda *_, **__: pytest.fail("unpickled a file that was not checked"))
     with pytest.raises(
-        DataError, match="cifar-10-batches-py is incomplete, or not the official release.*download: true"
+        DataError, match=r"cifar-10-batches-py is incomplete, or not the official release.*download: true"
     ):
         Cifar10(root=str(tmp_path)).load()
 

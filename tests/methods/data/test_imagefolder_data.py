@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from methods.data.base import Augment, DataError
+from methods.base import Batch
+from methods.data.base import Augment, DataError, ImageData, Images
 from methods.data.imagefolder import FolderPixels, ImageFolder
 from methods.data.stream import Stream
 
@@ -64,7 +65,7 @@ def test_decoding_on_demand_equals_decoding_at_once(root: Path) -> None:
         assert torch.equal(one.labels, other.labels)
 
 
-def _batches(images, data):  # noqa: ANN001, ANN202
+def _batches(images: Images, data: ImageData) -> Iterator[Batch]:
     stream = Stream(
         images,
         indices=np.arange(len(images)),
@@ -127,7 +128,7 @@ def _flat(root: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda root: shutil.rmtree(root), "data root .*set does not exist"),
+        (shutil.rmtree, "data root .*set does not exist"),
         (
             lambda root: shutil.rmtree(root / "val"),
             "needs a folder train and a folder test or val; it holds train/",
@@ -162,7 +163,7 @@ def _halve(file: Path) -> None:
 def test_a_broken_image_found_later_is_named(root: Path) -> None:
     data = ImageFolder(root=str(root), image_size=8, in_memory="never").load()
     _halve(root / "train" / "cat" / "2.png")
-    with pytest.raises(DataError, match="cat/2.png is not a readable image"):
+    with pytest.raises(DataError, match=r"cat/2\.png is not a readable image"):
         list(_batches(data.train, data))
 
 

@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from methods.base import ModelSettings, Task
-from methods.models import MODELS, build_model
+from methods.models import MODELS, Tapped, build_model
 
 TASK = Task(num_classes=4, in_channels=1, image_size=8)
 Weights = dict[str, Tensor]
 
 
-def mlp(checkpoint: Path | None = None, num_classes: int = 4):  # noqa: ANN201
+def mlp(checkpoint: Path | None = None, num_classes: int = 4) -> Tapped:
     task = Task(num_classes=num_classes, in_channels=1, image_size=8)
     settings = ModelSettings(name="tiny_mlp", checkpoint=None if checkpoint is None else str(checkpoint))
     return build_model(MODELS["tiny_mlp"], settings, task)

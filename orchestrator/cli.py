@@ -1,0 +1,168 @@
+"""The command line: ``stillhouse plan | run | results | show | methods | models | doctor``.
+
+Exit codes: 0 done; 1 some trials failed; 2 the experiment file, or the machine, is wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from orchestrator.errors import ConfigurationError, StillhouseError
+
+__all__ = ["main"]
+
+EPILOG = """\
+An override is PATH=VALUE: a section (search.seeds=3, run.storage=/data/runs, data.root=PATH) or a stage
+(views.margin=0.3, student.train.epochs=60). Fixing a setting takes it out of the search space.
+
+exit codes: 0 done, 1 some trials failed, 2 the experiment file is wrong, 130 interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except ConfigurationError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except StillhouseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the store", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stillhouse",
+        description="Sweeps of knowledge distillation for vision models, in which shared stages run once.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, function, help_text in (
+        ("plan", _plan, "show the stage graph, what is shared, what is stored, and the cost; starts nothing"),
+        ("run", _run, "run what is missing; the same command resumes an interrupted sweep and extends a finished one"),
+        ("results", _results, "show the table from what the store holds"),
+    ):
+        command = commands.add_parser(
+            name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".", epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        command.add_argument("experiment", metavar="EXPERIMENT", help="the experiment file (YAML)")
+        command.add_argument("overrides", metavar="PATH=VALUE", nargs="*", help="settings laid over the file")
+        command.set_defaults(command=function)
+    show = commands.add_parser("show", help="manifest and lineage of an artifact")
+    show.add_argument("key", metavar="KEY", help="its key, or the first digits of it")
+    show.add_argument("--storage", default="runs", help="where the artifacts are (default: runs)")
+    show.set_defaults(command=_show)
+    for name, function, help_text in (
+        ("methods", _methods, "what can be learnt from what, with settings and defaults"),
+        ("models", _models, "the networks, with their parameter counts"),
+    ):
+        listing = commands.add_parser(name, help=help_text)
+        listing.add_argument("name", nargs="?", help="show only this one")
+        listing.set_defaults(command=function)
+    doctor = commands.add_parser("doctor", help="look for what is wrong with this machine or cluster")
+    doctor.add_argument("--storage", default="runs", help="the storage to try (default: runs)")
+    doctor.add_argument("--tracking", default=None, help="an MLflow tracking URI to try")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from orchestrator.api import Experiment
+
+    print(Experiment.load(options.experiment, options.overrides).plan())
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from orchestrator.api import Experiment
+
+    return finish(Experiment.load(options.experiment, options.overrides))
+
+
+def finish(experiment: object) -> int:
+    """Plan, run and show an experiment; returns the exit code. Shared with ``cluster/sweep.py``."""
+    from orchestrator.api import Experiment
+
+    assert isinstance(experiment, Experiment)
+    print(experiment.plan(), flush=True)
+    result = experiment.run()
+    print()
+    print(result.text(_width()))
+    print(f"report:  {result.folder / 'report' / 'report.md'}")
+    print(f"MLflow:  {result.tracking_command}")
+    for point, reason in result.broken:
+        print(f"impossible point {dict(point.values)}: {reason}", file=sys.stderr)
+    if result.interrupted:
+        print("interrupted; the same command goes on from the store", file=sys.stderr)
+        return 130
+    return 1 if result.num_failed else 0
+
+
+def _results(options: argparse.Namespace) -> int:
+    from orchestrator.api import Experiment
+
+    result = Experiment.load(options.experiment, options.overrides).result()
+    print(result.text(_width()))
+    print(f"report:  {result.write()}")
+    print(f"MLflow:  {result.tracking_command}")
+    return 1 if result.num_failed else 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from orchestrator.describe import artifact_text
+    from orchestrator.store import Store
+
+    if "://" not in options.storage and not Path(options.storage).is_dir():
+        raise ConfigurationError(f"--storage: {options.storage!r} is not a folder; name the run.storage of the experiment")
+    print(artifact_text(Store(options.storage), options.key))
+    return 0
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from orchestrator.describe import methods_text
+
+    print(methods_text(options.name))
+    return 0
+
+
+def _models(options: argparse.Namespace) -> int:
+    from orchestrator.describe import models_text
+
+    print(models_text(options.name))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from orchestrator.doctor import examine
+
+    findings = examine(options.storage, options.tracking)
+    for finding in findings:
+        print(finding)
+    return 2 if any(finding.level == "wrong" for finding in findings) else 0
+
+
+def _width() -> int:
+    return shutil.get_terminal_size((140, 24)).columns
+
+
+if __name__ == "__main__":
+    sys.exit(main())
