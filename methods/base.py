@@ -52,8 +52,9 @@ class Step:
     @property
     def total(self) -> Tensor:
         """The weighted sum that is minimised, a scalar."""
-        weighted = [loss.weight * loss.value for loss in self.losses.values() if loss.weight != 0.0]
-        return torch.stack(weighted).sum()
+        active = [loss for loss in self.losses.values() if loss.weight != 0.0]
+        weighted = [loss.value if loss.weight == 1.0 else loss.weight * loss.value for loss in active]
+        return sum(weighted[1:], weighted[0])
 
 
 class Signals(NamedTuple):

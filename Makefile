@@ -1,0 +1,48 @@
+# Everything sets itself up: a virtual environment in .venv, the dependencies, and for tests Debian packages when root.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXPERIMENT ?= configs/angular_digits.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check format bench clean
+
+help:
+	@echo "make quickstart   install, then run a real sweep on handwritten digits (a few minutes on two cores)"
+	@echo "make test         install, then formatter, linter, types and the whole test suite"
+	@echo "make bench        what orchestration costs, as ratios"
+	@echo "make format       format the code"
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
+	$(BIN)/pip install --quiet -e ".[dev]"
+	@touch $@
+
+quickstart: $(VENV)/.installed
+	$(BIN)/stillhouse run $(EXPERIMENT)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python tests/benchmarks/overhead.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info
