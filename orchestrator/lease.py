@@ -225,11 +225,7 @@ class Lease:
         with self._condition:
             self._record = replace(self._record, beat=self._record.beat + 1, time=now, monotonic=started)
             record, updated, self._dirty = self._record, self._dirty, False
-        try:
-            self._files.write(lease_path(self.key, self._generation), record.to_bytes(), durable=False)
-        except StorageError:
-            self._dirty = self._dirty or updated
-            raise
+        self._files.write(lease_path(self.key, self._generation), record.to_bytes(), durable=False)
         self._last_beat = (started, now)
         self._last_update = started if updated else self._last_update
         self._failing = False

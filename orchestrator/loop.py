@@ -70,8 +70,8 @@ def train(
         worker_seed = (seed + workers.rank * 0x9E3779B97F4A7C15) % 2**63
         torch.default_generator.manual_seed(worker_seed)
         if device.type == "cuda":
-            torch.cuda.set_device(device)
-            torch.cuda.manual_seed(worker_seed)
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(worker_seed)
             torch.cuda.reset_peak_memory_stats(device)
         state = RunState(method, settings, device=device, workers=workers, clock=clock)
         run = _Run(
@@ -92,7 +92,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of ``method`` over the whole ``stream``, in evaluation mode: exact sums, whoever saw which row."""
     was_training = method.training
-    method.eval()
+    method.to(device).eval()
     totals: dict[str, Tensor] = {}
     for batch in stream.batches(0):
         for name, value in method.statistics(batch).items():

@@ -229,7 +229,7 @@ class Updater:
             group["lr"] = learning_rate
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = _norm(gradients, loss)
         finite = self._all_finite(norm, loss)
         if self.settings.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
@@ -277,6 +277,14 @@ class Updater:
         else:
             self._streak = 0 if finite else self._streak + 1
             self._worst = max(self._worst, self._streak)
+
+
+def _norm(gradients: list[Tensor], like: Tensor) -> Tensor:
+    """Length of all gradients together. What ``torch.nn.utils.get_total_norm`` does, without its sorting by device."""
+    if not gradients:
+        return torch.zeros_like(like)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return norm
 
 
 class WeightAverage:

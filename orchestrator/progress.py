@@ -61,7 +61,6 @@ class Display:
         self._console = console
         self._clock = clock
         self._last_summary = float("-inf")
-        self._last_text = ""
 
     def __enter__(self) -> Display:
         return self
@@ -74,10 +73,10 @@ class Display:
         self._console.print(Text(text), soft_wrap=True)
 
     def show(self, status: Status) -> None:
-        text = summary_line(status)
-        if text != self._last_text and self._clock() - self._last_summary >= PLAIN_LINE_SECONDS:
-            self._last_summary, self._last_text = self._clock(), text
-            self.event(text)
+        pause = max(PLAIN_LINE_SECONDS, status.elapsed_seconds / 20)  # a long run needs fewer lines
+        if self._clock() - self._last_summary >= pause:
+            self._last_summary = self._clock()
+            self.event(summary_line(status))
 
 
 class LiveDisplay(Display):

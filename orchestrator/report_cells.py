@@ -109,8 +109,10 @@ def setting(value: Any) -> str:
         return MISSING
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int | float):
-        return f"{value:.4g}" if isinstance(value, int) and abs(value) < 10000 else _short_float(float(value))
+    if isinstance(value, float) and (not value.is_integer() or abs(value) >= 1e6):
+        return f"{value:.3g}"
+    if isinstance(value, float):
+        return str(int(value))
     return str(value)
 
 
@@ -152,10 +154,6 @@ def _count(value: int) -> str:
     if value < 1000:
         return str(value)
     return f"{value / 1e3:.0f} k" if value < 1e6 else f"{value / 1e6:.2f} M"
-
-
-def _short_float(value: float) -> str:
-    return f"{value:.3g}"
 
 
 def _is_percent(name: str) -> bool:

@@ -11,7 +11,6 @@ only where the user has set nothing; and quiet ``alembic`` and ``mlflow.store.db
 
 from __future__ import annotations
 
-import getpass
 import json
 import logging
 import os
@@ -28,10 +27,13 @@ from orchestrator.mirror import DATA, Failure, Follower
 from orchestrator.tracking_state import MirrorState
 from orchestrator.tracking_uri import absolute, artifact_folder, reach, redacted, ui_command
 from orchestrator.tracking_values import (
+    ID_TAG,
     MAX_METRICS,
     MAX_OTHERS,
+    PARENT_TAG,
     merged,
     milliseconds,
+    run_tags,
     tag_texts,
     tracking_name,
 )
@@ -40,8 +42,6 @@ __all__ = ["Mirror", "ui_command"]
 
 logger = logging.getLogger(__name__)
 
-ID_TAG = "stillhouse.id"
-PARENT_TAG = "mlflow.parentRunId"
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
@@ -213,22 +213,11 @@ class MlflowTarget:
             self._open_again(run.info.run_id, record)
 
     def _create(self, id: str, record: Record, parent: str | None) -> str:
-        tags = {
-            "mlflow.source.name": "stillhouse",
-            "mlflow.source.type": "LOCAL",
-            "mlflow.user": _user(),
-            **record["tags"],
-            "mlflow.runName": record["name"],
-            ID_TAG: id,
-            "stillhouse.kind": record["kind"],
-        }
-        if parent is not None:
-            tags[PARENT_TAG] = parent
         try:
             run = self._client.create_run(
                 self._state.experiment_id,
                 start_time=milliseconds(record["started"]),
-                tags=tag_texts(tags),
+                tags=run_tags(record, parent),
                 run_name=record["name"],
             )
         except Exception:
@@ -276,6 +265,10 @@ class MlflowTarget:
             except Exception as problem:
                 if self.classify(problem) is not Failure.REJECTED:
                     raise
+                if self._client.get_run(run_id).info.lifecycle_stage != "active":
+                    self._refuse(f"records of {id}, whose run {run_id} was deleted in MLflow")
+                    self._state.complete.append(id)
+                    return
                 if len(part) > 1:
                     self._log_in_parts(run_id, id, kind, part, (len(part) + 1) // 2)
                 else:
@@ -394,10 +387,3 @@ def _save_model(path: Path, bundle: Path, settings: BundleSettings, logged: Any,
             "class_names": json.dumps(settings.class_names),
         },
     )
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container without a name for its user id
-        return "unknown"

@@ -1,15 +1,30 @@
-"""From journal records to what MLflow's names, limits and units allow. Pure."""
+"""From journal records to what MLflow's names, limits and units allow."""
 
 from __future__ import annotations
 
+import getpass
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.journal import Record
 
-__all__ = ["MAX_METRICS", "MAX_OTHERS", "Values", "merged", "milliseconds", "tag_texts", "tracking_name"]
+__all__ = [
+    "ID_TAG",
+    "MAX_METRICS",
+    "MAX_OTHERS",
+    "PARENT_TAG",
+    "Values",
+    "merged",
+    "milliseconds",
+    "run_tags",
+    "tag_texts",
+    "tracking_name",
+]
 
+ID_TAG = "stillhouse.id"
+"""Our own stable id of a run: by it a run is found again."""
+PARENT_TAG = "mlflow.parentRunId"
 MAX_METRICS = 1000
 """Metrics that one call may carry."""
 MAX_OTHERS = 100
@@ -54,6 +69,20 @@ def tag_texts(values: Mapping[str, str]) -> dict[str, str]:
     return {tracking_name(name): _cut(value, MAX_TAG_CHARACTERS) for name, value in values.items()}
 
 
+def run_tags(record: Record, parent: str | None) -> dict[str, str]:
+    """All tags of a new run: MLflow's own, ours, and those of its declaration. ``parent`` is an MLflow run id."""
+    tags = {
+        "mlflow.source.name": "stillhouse",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.user": _user(),
+        **record["tags"],
+        "mlflow.runName": record["name"],
+        ID_TAG: record["id"],
+        "stillhouse.kind": record["kind"],
+    }
+    return tag_texts(tags if parent is None else tags | {PARENT_TAG: parent})
+
+
 def tracking_name(text: str) -> str:
     """A name in MLflow's alphabet and length."""
     return re.sub(r"[^\w\-. :/]", "_", text)[:MAX_NAME_CHARACTERS]
@@ -73,3 +102,10 @@ def _points(row: Mapping[str, float | str]) -> list[tuple[str, float, int, int]]
 
 def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container without a name for its user id
+        return "unknown"

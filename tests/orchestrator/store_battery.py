@@ -296,7 +296,7 @@ class StoreBattery:
             store.read_json("failures/c.json")
 
     def test_gc_keeps_what_is_reachable_young_or_leased(self, store: Store, clock: ManualClock) -> None:
-        teacher, views, student, orphan, busy, young = (f"{number:02x}" * 8 for number in range(1, 7))
+        teacher, views, student, orphan, busy = (f"{number:02x}" * 8 for number in range(1, 6))
         store.put(teacher, FILES, {})
         store.put(views, FILES, {"inputs": {"teacher": teacher}})
         store.put(student, FILES, {"inputs": {"teacher": views}})
@@ -310,10 +310,29 @@ class StoreBattery:
         assert store.gc([student, unmade], dry_run=True) == store.gc([student, unmade])
         assert set(store.keys()) == {teacher, views, student, busy}
         store.verify(teacher)
+        assert store._files.names(f"artifacts/{orphan[:2]}/{orphan}") == []
+        assert not any(orphan in entry.path for entry in store._files.walk("artifacts"))
         lease.release()
         assert store.gc([views]) != []
         assert set(store.keys()) == {teacher, views}
-        assert young not in store.keys()  # noqa: SIM118 -- an iterator, not a dictionary
+
+    def test_gc_asks_again_before_it_deletes(
+        self, store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A lease that was acquired while gc looked at the rest of the store."""
+        store.put(KEY, FILES, {})
+        clock.seconds += 2 * DAY_SECONDS
+        holder, num_calls = store.holder, 0
+
+        def late(key: str) -> object:
+            nonlocal num_calls
+            num_calls += 1
+            return None if num_calls == 1 else holder(key)
+
+        with store.lease(KEY):
+            monkeypatch.setattr(store, "holder", late)
+            assert store.gc([]) == []
+        store.verify(KEY)
 
     def test_gc_removes_leftovers(self, store: Store, clock: ManualClock) -> None:
         finished, wanted, dropped = "01" * 8, "02" * 8, "03" * 8

@@ -10,9 +10,12 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from store_battery import FILES, KEY, StoreBattery
 
 from orchestrator.errors import StorageError
@@ -32,6 +35,21 @@ class TestMemory(StoreBattery):
     @pytest.fixture
     def url(self) -> str:
         return f"memory://{uuid.uuid4().hex}"
+
+    def test_create_looks_and_writes_in_one_step(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        exists = MemoryFileSystem.exists
+
+        def slowly(*args: Any, **kwargs: Any) -> bool:
+            found = exists(*args, **kwargs)
+            time.sleep(0.02)
+            return bool(found)
+
+        monkeypatch.setattr(MemoryFileSystem, "exists", slowly)
+        with ThreadPoolExecutor(4) as pool:
+            won = list(
+                pool.map(lambda number: store._files.create("failures/x.json", b"%d" % number), range(4))
+            )
+        assert sum(won) == 1
 
 
 def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

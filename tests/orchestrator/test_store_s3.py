@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
-from store_battery import FILES, KEY, StoreBattery
+from store_battery import KEY, StoreBattery
 
 from orchestrator.errors import StorageError
 from orchestrator.store import Store
@@ -74,12 +74,19 @@ class TestS3(StoreBattery):
         return f"{bucket}/{uuid.uuid4().hex}"
 
     def test_a_listing_is_never_remembered(self, url: str) -> None:
-        reader, writer = Store(url), Store(url)
-        assert list(reader.keys()) == []
-        assert not reader.has(KEY)
-        writer.put(KEY, FILES, {})
-        assert list(reader.keys()) == [KEY]
-        assert reader.has(KEY)
+        """Another process writes: here a connection of its own, since one process shares its listings."""
+        import s3fs
+
+        store, elsewhere = Store(url), s3fs.S3FileSystem(skip_instance_cache=True)
+        store.write_json("failures/a.json", 1)
+        assert store.list_json("failures") == ["failures/a.json"]
+        assert store._files.names("failures") == ["a.json"]
+        elsewhere.pipe_file(f"{url}/failures/b.json", b"2")
+        assert store._files.exists("failures/b.json")
+        assert store._files.names("failures") == ["a.json", "b.json"]
+        assert store.list_json("failures") == ["failures/a.json", "failures/b.json"]
+        elsewhere.rm_file(f"{url}/failures/b.json")
+        assert not store._files.exists("failures/b.json")
 
     def test_a_create_that_is_sent_again_knows_its_own(self, store: Store) -> None:
         """A client repeats a put whose answer was lost; it must not take itself for somebody else."""

@@ -210,6 +210,22 @@ def test_values_beyond_mlflows_limits(tmp_path: Path, uri: str, caplog: pytest.L
     assert data.metrics["low"] < -1e308
 
 
+def test_a_run_deleted_by_hand_is_named_once(
+    tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path / "j.jsonl")
+    write_sweep(journal)
+    journal.run("trial:open", name="open", parent="sweep:a", kind="trial")
+    client(uri).delete_run(send(journal.path, uri).run_id("trial:open"))
+    journal.metrics("trial:open", [{"epoch": step, "time": 1.0, "loss": 0.5} for step in range(100)])
+    journal.metrics("sweep:a", [{"epoch": 1, "time": 1.0, "total": 1.0}])
+    with caplog.at_level(logging.WARNING):
+        mirror = send(journal.path, uri)
+    assert mirror.num_rejected == 1
+    assert caplog.text.count("was deleted in MLflow") == 1
+    assert runs(uri)["sweep:a"].data.metrics == {"total": 1.0}
+
+
 def test_artifacts_are_copied_and_a_missing_one_is_left_out(
     tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -244,6 +260,33 @@ def test_a_locked_database_delays_and_loses_nothing(tmp_path: Path, uri: str) ->
     blocker.execute("ROLLBACK")
     assert mirror.close(DRAIN_SECONDS) == 0
     assert "trial:late" in runs(uri)
+
+
+@pytest.mark.parametrize("answered_late", [False, True])
+def test_a_creation_without_an_answer_leaves_one_run(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch, answered_late: bool
+) -> None:
+    """The server carries out the first creation at once, or only after the mirror has created the run again."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    create, calls = MlflowClient.create_run, []
+
+    def unlucky(self: Any, *arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1 or not answered_late:
+            run = create(self, *arguments, **named)
+        if len(calls) == 1:
+            raise MlflowException("API request to http://x failed with timeout exception")
+        return create(self, *arguments, **named) if len(calls) == 2 and answered_late else run
+
+    monkeypatch.setattr(MlflowClient, "create_run", unlucky)
+    path = tmp_path / "j.jsonl"
+    write_sweep(Journal(path))
+    send(path, uri)
+    assert_complete(uri)
+    assert len(runs(uri)) == 6
+    assert json.loads(state_path(path).read_text())["targets"].popitem()[1]["uncertain"] == []
 
 
 def test_two_mirrors_share_one_file(tmp_path: Path, uri: str) -> None:

@@ -1,0 +1,50 @@
+"""A small real experiment on the bundled digits, and one local Ray for all tests of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from orchestrator import Experiment
+from orchestrator.ray_tune import connect
+
+DOCUMENT: dict[str, Any] = {
+    "name": "small",
+    "data": {"dataset": "digits", "validation": 0.2},
+    "stages": {
+        "teacher": {"method": "supervised", "model": "tiny_mlp", "train": {"epochs": 2}},
+        "views": {"method": "angular_views", "teacher": "$teacher", "train": {"epochs": 1}},
+        "student": {"method": "angular_kd", "model": "tiny_mlp", "teacher": "$views", "train": {"epochs": 2}},
+    },
+    "baselines": {"kd": {"student": {"method": "kd", "teacher": "$teacher"}}},
+    "search": {
+        "space": {"views.num_branches": {"grid": [1, 2, 3]}, "views.margin": {"grid": [0.1, 0.3]}},
+        "objective": {"maximize": "student.top1"},
+        "seeds": 2,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Callable[..., Experiment]:
+    """``experiment(search={...}, run={...}, methods=...)``: the small one, with whole sections updated."""
+
+    def make(**changes: Any) -> Experiment:
+        document = {name: dict(section) if isinstance(section, dict) else section for name, section in DOCUMENT.items()}
+        document["run"] = {"storage": str(tmp_path / "runs")}
+        for name in ("data", "stages", "baselines", "search", "run"):
+            document[name] = {**document[name], **changes.pop(name, {})}
+        return Experiment(**{**document, **changes})
+
+    return make
