@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from methods import BUILTIN
 from methods.base import Method, ModelFactory
 from methods.data.base import DataSource
@@ -44,7 +46,13 @@ class Experiment:
         datasets: Mapping[str, type[DataSource]] | None = None,
         command: str = "",
     ) -> None:
-        document = {"name": name, "data": data, "stages": stages, "baselines": baselines or {}, "search": search}
+        document = {
+            "name": name,
+            "data": data,
+            "stages": stages,
+            "baselines": baselines or {},
+            "search": search,
+        }
         self.document: dict[str, Any] = _plain({**document, "run": run or {}})
         """The experiment as plain data, ready to be written as YAML."""
         self._uses_own_code = bool(methods or models or datasets)
@@ -63,8 +71,12 @@ class Experiment:
     ) -> Experiment:
         """Read an experiment file and lay overrides such as ``views.margin=0.3`` over it."""
         document = apply_overrides(read_document(Path(path)), overrides)
-        unknown = [key for key in document if key not in ("name", "data", "stages", "search", "baselines", "run")]
-        sections = {key: document.get(key) for key in ("name", "data", "stages", "search", "baselines", "run")}
+        unknown = [
+            key for key in document if key not in ("name", "data", "stages", "search", "baselines", "run")
+        ]
+        sections = {
+            key: document.get(key) for key in ("name", "data", "stages", "search", "baselines", "run")
+        }
         if unknown:  # the reader reports them together with every other mistake
             parse_experiment(document, BUILTIN.extended(methods, models, datasets))
         command = " ".join(["stillhouse run", str(path), *overrides])
@@ -94,14 +106,18 @@ class Experiment:
         from orchestrator.submit import submit_job
 
         if self._uses_own_code:
-            raise ConfigurationError("submit: an experiment with methods, models or data sets of your own cannot travel as YAML; submit your own script with `ray job submit`, which calls Experiment(...).run()")
+            raise ConfigurationError(
+                "submit: an experiment with methods, models or data sets of your own cannot travel as YAML; submit your own script with `ray job submit`, which calls Experiment(...).run()"
+            )
         return submit_job(address, self.name, dump_document(self.document), follow=follow)
 
 
 def _plain(value: Any) -> Any:
-    """Nested copies with domains in their YAML form."""
+    """Nested copies with domains in their YAML form and NumPy's scalars as Python's."""
     if isinstance(value, Domain):
-        return value.to_plain()
+        return _plain(value.to_plain())
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -43,14 +43,27 @@ def with_baseline(
     A replaced stage inherits ``model``, ``train`` and ``seed`` where it does not name them: the baseline differs
     from the experiment in its method and that method's settings, not by accident in its recipe.
     """
-    added = {name: dict(stage) for name, stage in replaced.items() if name not in stages}
-    merged = {**added, **{name: dict(stage) for name, stage in stages.items()}}
+    merged = {
+        name: dict(stages.get(name, replaced.get(name, {}))) for name in _baseline_order(stages, replaced)
+    }
     for name in replaced:
         if name in stages:
             inherited = {key: stages[name][key] for key in ("model", "train", "seed") if key in stages[name]}
             merged[name] = {**inherited, **replaced[name]}
             merged[name].setdefault("method", stages[name].get("method"))
     return merged
+
+
+def _baseline_order(stages: Mapping[str, Any], replaced: Mapping[str, Any]) -> list[str]:
+    """Our stages in their order; one that the baseline adds stands before the stage that follows it in the baseline."""
+    order = list(stages)
+    position = len(order)
+    for name in reversed(list(replaced)):
+        if name in stages:
+            position = order.index(name)
+        else:
+            order.insert(position, name)
+    return order
 
 
 def resolve_chain(
@@ -78,8 +91,10 @@ def _lay_over(raw: dict[str, dict[str, Any]], path: str, value: Any) -> None:
     if mapping is None:
         return
     for part in parts[:-1]:
-        below = mapping.get(part, {})
-        mapping[part] = mapping = {"name": below} if isinstance(below, str) else dict(below)
+        below = mapping.get(part)
+        if below is not None and not isinstance(below, str | Mapping):
+            return  # of a wrong type, which is reported where the stage is typed
+        mapping[part] = mapping = {"name": below} if isinstance(below, str) else dict(below or {})
     mapping[parts[-1]] = value
 
 
@@ -95,7 +110,10 @@ def _resolve_stage(
     path = f"stages.{name}"
     method_name = stage.pop("method", None)
     if not isinstance(method_name, str):
-        problems.add(f"{path}.method", f"expected the name of a method, got {method_name!r}. Known: {', '.join(sorted(catalog.methods))}")
+        problems.add(
+            f"{path}.method",
+            f"expected the name of a method, got {method_name!r}. Known: {', '.join(sorted(catalog.methods))}",
+        )
         return None
     try:
         method = catalog.method(method_name)
@@ -108,6 +126,11 @@ def _resolve_stage(
         TrainSettings, {**method.train_defaults, **as_mapping(stage.pop("train", None), f"{path}.train", problems)},
         f"{path}.train", problems,
     )  # fmt: skip
+    if train is not None and train.keep == "best" and train.objective not in ("", *method.evaluation_metrics):
+        problems.add(
+            f"{path}.train.objective",
+            f"{method_name} reports no {train.objective!r}{nearest(train.objective, method.evaluation_metrics)}",
+        )
     seed = stage.pop("seed", "trial" if name == target else 0)
     if seed != "trial" and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         problems.add(f"{path}.seed", f"expected 'trial' or a whole number from 0, got {seed!r}")
@@ -128,7 +151,9 @@ def _resolve_settings(stage: dict[str, Any], method: type[Method], path: str, pr
     own = {item.name for item in fields(method.Settings)}
     known = own | set(COMMON) | set(method.inputs)
     for name in [name for name in stage if name not in own]:
-        problems.add(f"{path}.{name}", f"{name!r} is not a setting of {method.Settings.__name__}{nearest(name, known)}")
+        problems.add(
+            f"{path}.{name}", f"{name!r} is not a setting of {method.Settings.__name__}{nearest(name, known)}"
+        )
         stage.pop(name)
     return parse(method.Settings, stage, path, problems)
 
@@ -176,15 +201,22 @@ def _resolve_input(
         return None
     if name not in earlier:
         order = list(stages)
-        if name == own or _reaches(stages, name, own):
+        if name == own:
+            problems.add(path, f"{value} makes a cycle: {own} needs itself")
+        elif _reaches(stages, name, own):
             problems.add(path, f"{value} makes a cycle: {own} needs {name}, and {name} needs {own}")
         elif order.index(name) > order.index(own):
-            problems.add(path, f"{value} does not exist yet: stage {name!r} stands below {own!r}; move it above")
+            problems.add(
+                path, f"{value} does not exist yet: stage {name!r} stands below {own!r}; move it above"
+            )
         return None
     lacking = needs - catalog.method(earlier[name].method).emits
     if lacking:
         able = [other for other, stage in earlier.items() if needs <= catalog.method(stage.method).emits]
-        problems.add(path, f"{value} ({earlier[name].method}) emits no {', '.join(sorted(lacking))}; stages that do: {', '.join(able) or 'none'}")
+        problems.add(
+            path,
+            f"{value} ({earlier[name].method}) emits no {', '.join(sorted(lacking))}; stages that do: {', '.join(able) or 'none'}",
+        )
         return None
     return name
 
@@ -198,7 +230,9 @@ def _reaches(stages: Mapping[str, Any], start: str, goal: str) -> bool:
         if name in seen or not isinstance(stages.get(name), Mapping):
             continue
         seen.add(name)
-        todo += [value[1:] for value in stages[name].values() if isinstance(value, str) and value.startswith("$")]
+        todo += [
+            value[1:] for value in stages[name].values() if isinstance(value, str) and value.startswith("$")
+        ]
     return False
 
 

@@ -57,7 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, function, help_text in (
         ("plan", _plan, "show the stage graph, what is shared, what is stored, and the cost; starts nothing"),
-        ("run", _run, "run what is missing; the same command resumes an interrupted sweep and extends a finished one"),
+        (
+            "run",
+            _run,
+            "run what is missing; the same command resumes an interrupted sweep and extends a finished one",
+        ),
         ("results", _results, "show the table from what the store holds"),
     ):
         command = commands.add_parser(
@@ -132,7 +136,9 @@ def _show(options: argparse.Namespace) -> int:
     from orchestrator.store import Store
 
     if "://" not in options.storage and not Path(options.storage).is_dir():
-        raise ConfigurationError(f"--storage: {options.storage!r} is not a folder; name the run.storage of the experiment")
+        raise ConfigurationError(
+            f"--storage: {options.storage!r} is not a folder; name the run.storage of the experiment"
+        )
     print(artifact_text(Store(options.storage), options.key))
     return 0
 

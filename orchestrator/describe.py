@@ -27,9 +27,21 @@ def methods_text(name: str | None = None) -> str:
         method = BUILTIN.method(name)
     except UnknownNameError as error:
         raise ConfigurationError(str(error)) from None
-    inputs = [f"  {role}: $STAGE that emits {', '.join(sorted(needs))}" for role, needs in method.inputs.items()]
-    lines = [name, "", (inspect.getdoc(inspect.getmodule(method)) or "").strip(), "", "inputs:", *(inputs or ["  none"])]
-    lines += [f"emits: {', '.join(sorted(method.emits)) or 'nothing'}", f"metrics: {', '.join(method.evaluation_metrics)}"]
+    inputs = [
+        f"  {role}: $STAGE that emits {', '.join(sorted(needs))}" for role, needs in method.inputs.items()
+    ]
+    lines = [
+        name,
+        "",
+        (inspect.getdoc(inspect.getmodule(method)) or "").strip(),
+        "",
+        "inputs:",
+        *(inputs or ["  none"]),
+    ]
+    lines += [
+        f"emits: {', '.join(sorted(method.emits)) or 'nothing'}",
+        f"metrics: {', '.join(method.evaluation_metrics)}",
+    ]
     lines += ["", "settings:", *_setting_lines(method.Settings, {})]
     lines += ["", "train:", *_setting_lines(TrainSettings, dict(method.train_defaults))]
     return "\n".join(lines)
@@ -63,7 +75,11 @@ def _field_notes(settings: type) -> dict[str, str]:
     assert isinstance(tree, ast.ClassDef)
     notes = {}
     for statement, following in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and isinstance(following, ast.Expr):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+        ):
             value = following.value
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 notes[statement.target.id] = " ".join(value.value.split())
@@ -82,7 +98,10 @@ def models_text(name: str | None = None, num_classes: int = 100) -> str:
         count = sum(parameter.numel() for parameter in network.parameters())
         rows.append(f"{each:16} {count:>12,} parameters   pooled width {network.num_features}")
     if name is None:
-        rows += ["", f"Counted with {num_classes} classes and RGB images. Any timm model: timm/NAME, for instance timm/resnet18."]
+        rows += [
+            "",
+            f"Counted with {num_classes} classes and RGB images. Any timm model: timm/NAME, for instance timm/resnet18.",
+        ]
     return "\n".join(rows)
 
 
@@ -96,17 +115,33 @@ def artifact_text(store: Store, prefix: str) -> str:
     except DamagedArtifactError as damage:
         state = f"DAMAGED: {damage}"
     content = manifest["content"]
-    lines = [f"{manifest['name']}  {key}", f"state: {state}", f"method: {content['method']} (version {content['method_version']})"]
+    lines = [
+        f"{manifest['name']}  {key}",
+        f"state: {state}",
+        f"method: {content['method']} (version {content['method_version']})",
+    ]
     if manifest["model"]:
-        lines.append(f"model: {manifest['model']['name']}, {manifest['metrics']['num_parameters']:,.0f} parameters")
+        lines.append(
+            f"model: {manifest['model']['name']}, {manifest['metrics']['num_parameters']:,.0f} parameters"
+        )
     lines += [f"seed: {manifest['seed']}", f"data: {manifest['dataset']} {content['data']}"]
     lines += ["settings:", *(f"  {name} = {value}" for name, value in content["settings"].items())]
     lines += ["train:", *(f"  {name} = {value}" for name, value in content["train"].items())]
     lines += ["metrics:", *(f"  {name} = {value:.4g}" for name, value in manifest["metrics"].items())]
     cost, placement = manifest["cost"], manifest["placement"]
-    lines.append(f"cost: {duration(cost['seconds'])} ({duration(cost['cpu_seconds'])} CPU) on {placement['device']}, host {placement['host']}, {placement['workers']} worker(s)")
-    lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()))
-    lines += ["files:", *(f"  {name}  {item['size']:,} bytes  sha256 {item['sha256'][:16]}" for name, item in manifest["files"].items())]
+    lines.append(
+        f"cost: {duration(cost['seconds'])} ({duration(cost['cpu_seconds'])} CPU) on {placement['device']}, host {placement['host']}, {placement['workers']} worker(s)"
+    )
+    lines.append(
+        "versions: " + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    )
+    lines += [
+        "files:",
+        *(
+            f"  {name}  {item['size']:,} bytes  sha256 {item['sha256'][:16]}"
+            for name, item in manifest["files"].items()
+        ),
+    ]
     return "\n".join([*lines, "lineage:", *_lineage(store, key, 1)])
 
 
@@ -118,5 +153,5 @@ def _lineage(store: Store, key: str, depth: int, role: str = "") -> Iterator[str
     manifest = store.manifest(key)
     model = f" {manifest['model']['name']}" if manifest["model"] else ""
     yield f"{indent}{manifest['name']} {key[:8]}  {manifest['content']['method']}{model}"
-    for role, source in manifest["inputs"].items():
-        yield from _lineage(store, source, depth + 1, role)
+    for input_role, source in manifest["inputs"].items():
+        yield from _lineage(store, source, depth + 1, input_role)

@@ -7,10 +7,11 @@ answers a trial that is stored already from the store; and it runs the best poin
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from orchestrator.errors import ConfigurationError
 from orchestrator.plan import Planner, Point, Trial
@@ -31,7 +32,7 @@ class Outcome:
     reason: str = ""
 
 
-@dataclass
+@dataclass(eq=False)
 class _PointState:
     point: Point
     trials: dict[int, Trial] = field(default_factory=dict)
@@ -68,6 +69,8 @@ class Dispatcher:
         self._recall = recall
         self._known_stored: set[str] = set()
         self._points: dict[str, _PointState] = {}
+        self._users: dict[str, list[_PointState]] = {}
+        """Key of a trial -> the points that it is a seed of."""
         self._num_asked = 0
         self._cancelled = False
         self._queue: list[Trial] = []
@@ -84,9 +87,10 @@ class Dispatcher:
         """The next trial that can start now; None when none can (see ``finished``)."""
         self._draw()
         in_work = {stage.key for other in self._running.values() for stage in other.stages}
-        for trial in self._queue:
-            if self._ready(trial, in_work):
-                self._queue.remove(trial)
+        held: dict[str, bool] = {}  # each key is looked at once, however many trials wait for it
+        for index, trial in enumerate(self._queue):
+            if self._ready(trial, in_work, held):
+                del self._queue[index]
                 self._running[trial.key] = trial
                 return trial
         return None
@@ -108,10 +112,11 @@ class Dispatcher:
     def ended(self, trial: Trial, outcome: Outcome) -> None:
         """Take in how a started trial ended."""
         self._running.pop(trial.key, None)
-        if outcome.status == "deferred":
-            self._queue.append(trial)
-        else:
+        if outcome.status != "deferred":
             self._record(trial, outcome)
+        elif not self._cancelled:
+            self._known_stored.difference_update(stage.key for stage in trial.stages)  # one may be set aside
+            self._queue.append(trial)
 
     def cancel_waiting(self) -> None:
         """Start nothing more: for an interrupted run."""
@@ -120,7 +125,10 @@ class Dispatcher:
 
     def values(self, point_id: str) -> tuple[float, ...] | None:
         """The point's worth: the mean over its seeds, one number per objective; None while a seed is out or failed."""
-        outcomes = [self.outcomes.get(trial.key) for trial in self._points[point_id].trials.values()]
+        return self._values(self._points[point_id])
+
+    def _values(self, state: _PointState) -> tuple[float, ...] | None:
+        outcomes = [self.outcomes.get(trial.key) for trial in state.trials.values()]
         if not outcomes or any(outcome is None or not outcome.values for outcome in outcomes):
             return None
         columns = zip(*(outcome.values for outcome in outcomes if outcome is not None), strict=True)
@@ -128,13 +136,14 @@ class Dispatcher:
 
     def _record(self, trial: Trial, outcome: Outcome) -> None:
         self.outcomes[trial.key] = outcome
-        self._answer(self._points[trial.point_id])
+        for state in self._users[trial.key]:
+            self._answer(state)
 
     def _answer(self, state: _PointState) -> None:
         """Tell the sampler what a point was worth, once all of its seeds have ended. Once per question."""
         if not all(trial.key in self.outcomes for trial in state.trials.values()):
             return
-        values = self.values(next(iter(state.trials.values())).point_id)
+        values = self._values(state)
         for question in state.questions:
             self._sampler.tell(question, values)
         state.questions.clear()
@@ -162,8 +171,7 @@ class Dispatcher:
         state = self._points.setdefault(point_id, _PointState(point))
         if question is not None:
             state.questions.append(question)
-        confirmed = point.label is not None and self._search.confirm.top > 0
-        self._add_seeds(point_id, max(self._search.seeds, self._search.confirm.seeds if confirmed else 0))
+        self._add_seeds(point_id, self._search.num_seeds(point.label))
         self._answer(state)
 
     def _add_seeds(self, point_id: str, num_seeds: int) -> None:
@@ -172,9 +180,17 @@ class Dispatcher:
             if seed in state.trials:
                 continue
             trial = self._planner.trial(state.point, seed)
-            if trial.key in self.trials:  # the stage does not depend on the trial's seed
+            if state in self._users.setdefault(
+                trial.key, []
+            ):  # the stage does not depend on the trial's seed
                 continue
-            state.trials[seed] = self.trials[trial.key] = trial
+            self._users[trial.key].append(state)
+            known = (
+                trial.key in self.trials
+            )  # a point that fixes the seed of its last stage trains what another does
+            state.trials[seed] = trial = self.trials.setdefault(trial.key, trial)
+            if known:
+                continue
             outcome = self._recall(trial)
             if outcome is None:
                 self._queue.append(trial)
@@ -186,14 +202,26 @@ class Dispatcher:
         judged = {
             point_id: values[0]
             for point_id, state in self._points.items()
-            if state.point.label is None and (values := self.values(point_id)) is not None
-        }
+            if state.point.label is None and self._is_done(state)
+            and (values := self._values(state)) is not None and not math.isnan(values[0])
+        }  # fmt: skip
         return sorted(judged, key=judged.__getitem__, reverse=objective.maximize)[: self._search.confirm.top]
 
-    def _ready(self, trial: Trial, in_work: set[str]) -> bool:
+    def _is_done(self, state: _PointState) -> bool:
+        """Whether every seed has run to its end: what a stopped one reached is no fair comparison."""
+        outcomes = [self.outcomes.get(trial.key) for trial in state.trials.values()]
+        return all(outcome is not None and outcome.status == "done" for outcome in outcomes)
+
+    def _ready(self, trial: Trial, in_work: set[str], held: dict[str, bool]) -> bool:
         """Whether no stage that this trial lacks is being made by another trial, here or elsewhere."""
-        lacking = [stage.key for stage in trial.stages if not self._is_stored(stage.key)]
-        return not any(key in in_work or self._busy(key) for key in lacking)
+        for stage in trial.stages:
+            if stage.key not in held:
+                held[stage.key] = not self._is_stored(stage.key) and (
+                    stage.key in in_work or self._busy(stage.key)
+                )
+            if held[stage.key]:
+                return False
+        return True
 
     def _is_stored(self, key: str) -> bool:
         if key not in self._known_stored and self._stored(key):

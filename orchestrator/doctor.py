@@ -56,9 +56,14 @@ def _devices() -> Iterator[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            yield Finding("good", f"GPU {index}: {properties.name}, {properties.total_memory / 1e9:.0f} GB; use it with run.gpus_per_worker=1")
+            yield Finding(
+                "good",
+                f"GPU {index}: {properties.name}, {properties.total_memory / 1e9:.0f} GB; use it with run.gpus_per_worker=1",
+            )
     elif shutil.which("nvidia-smi"):
-        yield Finding("wrong", "nvidia-smi is here but torch sees no GPU: driver and torch's CUDA version do not fit")
+        yield Finding(
+            "wrong", "nvidia-smi is here but torch sees no GPU: driver and torch's CUDA version do not fit"
+        )
     else:
         yield Finding("note", "no GPU: stages run on CPU cores")
 
@@ -66,7 +71,10 @@ def _devices() -> Iterator[Finding]:
 def _threads() -> Iterator[Finding]:
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads:
-        yield Finding("note", f"OMP_NUM_THREADS={threads} is set; stages use run.cpus_per_worker threads whatever it says")
+        yield Finding(
+            "note",
+            f"OMP_NUM_THREADS={threads} is set; stages use run.cpus_per_worker threads whatever it says",
+        )
 
 
 def _storage(url: str) -> Iterator[Finding]:
@@ -104,14 +112,21 @@ def _ray() -> Iterator[Finding]:
     if address:
         yield Finding("note", f"RAY_ADDRESS={address}: runs join that cluster")
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
-        yield Finding("wrong", "RAY_AUTH_MODE=disabled: anybody who reaches a Ray port can run code here; unset it")
+        yield Finding(
+            "wrong", "RAY_AUTH_MODE=disabled: anybody who reaches a Ray port can run code here; unset it"
+        )
     elif token.exists() and token.stat().st_mode & 0o077:
         yield Finding("note", f"{token} can be read by others: chmod 600 {token}")
     for host in _open_addresses():
-        yield Finding("wrong", f"Ray's job endpoint is open on {host}:{DASHBOARD_PORT}: start the head with --dashboard-host 127.0.0.1 and reach it through an SSH tunnel")
+        yield Finding(
+            "wrong",
+            f"Ray's job endpoint is open on {host}:{DASHBOARD_PORT}: start the head with --dashboard-host 127.0.0.1 and reach it through an SSH tunnel",
+        )
     small = Path("/dev/shm")
     if small.exists() and shutil.disk_usage(small).total < 1e9:
-        yield Finding("note", "/dev/shm is below 1 GB: Ray's object store is then slow; in Docker use --shm-size")
+        yield Finding(
+            "note", "/dev/shm is below 1 GB: Ray's object store is then slow; in Docker use --shm-size"
+        )
 
 
 def _open_addresses() -> Iterator[str]:

@@ -14,6 +14,9 @@ from orchestrator.errors import ConfigurationError
 __all__ = ["SECTIONS", "apply_overrides", "dump_document", "read_document"]
 
 SECTIONS = ("name", "data", "stages", "baselines", "search", "run")
+MERGE_TAG = "tag:yaml.org,2002:merge"
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What the YAML reader raises: ValueError for a date such as 2024-13-01, RecursionError for absurd nesting."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -21,15 +24,18 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    seen: dict[Any, yaml.Node] = {}
+    seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == MERGE_TAG:  # `<<: *base` may be overlaid on purpose: it is no key of its own
+            continue
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str | int | float):
-            raise yaml.constructor.ConstructorError(None, None, f"{key!r} cannot be a key", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{key!r} cannot be a key", key_node.start_mark
+            )
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", key_node.start_mark)
-        seen[key] = key_node
+        seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -46,7 +52,7 @@ def read_document(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{path}: cannot be read: {error}") from None
     try:
         document = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise ConfigurationError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(document, dict):
         raise ConfigurationError(f"{path}: expected a mapping with {', '.join(SECTIONS)}, got {document!r}")
@@ -72,7 +78,7 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> di
             continue
         try:
             value = yaml.load(text, Loader=_StrictLoader)
-        except yaml.YAMLError as error:
+        except NOT_YAML as error:
             problems.append(f"override {override!r}: the value is not valid YAML: {error}")
             continue
         problem = _override(changed, path.strip(), value)
@@ -89,17 +95,22 @@ def _override(document: dict[str, Any], path: str, value: Any) -> str | None:
     if parts[0] not in SECTIONS:
         if not isinstance(stages, dict) or parts[0] not in stages:
             return f"{parts[0]!r} is neither a section ({', '.join(SECTIONS)}) nor a stage"
-        _leave_space(document, path)
         parts = ["stages", *parts]
+    if parts[0] == "stages":
+        _leave_space(document, ".".join(parts[1:]))
     elif path.startswith("search.space."):
         parts = ["search", "space", path.removeprefix("search.space.")]
     return _set(document, parts, value)
 
 
 def _leave_space(document: dict[str, Any], path: str) -> None:
+    """Take what ``path`` fixes out of the search space: itself, all below it, and the short form of ``model.name``."""
     search = document.get("search")
     if isinstance(search, dict) and isinstance(search.get("space"), dict):
-        search["space"].pop(path, None)
+        search["space"] = {
+            name: domain for name, domain in search["space"].items()
+            if name != path and not str(name).startswith(f"{path}.") and f"{name}.name" != path
+        }  # fmt: skip
 
 
 def _set(mapping: dict[str, Any], parts: Sequence[str], value: Any) -> str | None:

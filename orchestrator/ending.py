@@ -79,5 +79,8 @@ class Endings:
             failure = self.store.read_json(failure_path(stage.key))
             if failure and (not only_diverged or failure["kind"] == DivergedError.__name__):
                 kind = failure["kind"].removesuffix("Error")
-                return Outcome(status="failed", reason=f"{kind}: stage {stage.name} ({stage.key[:8]}): {failure['reason']}")
+                return Outcome(
+                    status="failed",
+                    reason=f"{kind}: stage {stage.name} ({stage.key[:8]}): {failure['reason']}",
+                )
         return None

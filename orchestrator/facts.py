@@ -45,7 +45,10 @@ def gather_facts(spec: ExperimentSpec) -> Facts:
 def _checkpoint_paths(spec: ExperimentSpec) -> Iterator[str]:
     labels: list[str | None] = [None, *spec.baselines]
     choices: list[dict[str, Any]] = [{}] + [
-        {path: value} for path, domain in spec.search.space.items() if ".model" in path for value in domain.probes()
+        {path: value}
+        for path, domain in spec.search.space.items()
+        if ".model" in path
+        for value in domain.probes()
     ]
     for label in labels:
         stages = spec.stages if label is None else with_baseline(spec.stages, spec.baselines[label])

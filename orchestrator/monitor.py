@@ -67,10 +67,14 @@ class Monitor:
             self._endings.record_stopped(trial, outcome, rows)
         self._costs.forget()
         self.log_trial(trial, outcome)
-        label = trial.point.label or " ".join(f"{path}={_short(value)}" for path, value in trial.values.items())
+        label = trial.point.label or " ".join(
+            f"{path}={_short(value)}" for path, value in trial.values.items()
+        )
         head = f"{trial.point_id} seed {trial.seed}  {label}"
         if outcome.status == "failed":
-            self._display.event(f"failed   {head}: {outcome.reason.splitlines()[0] if outcome.reason else ''}")
+            self._display.event(
+                f"failed   {head}: {outcome.reason.splitlines()[0] if outcome.reason else ''}"
+            )
         elif outcome.values:
             self._display.event(f"{outcome.status:8} {head}: {self._objective.name} {outcome.values[0]:.2f}")
             if outcome.status == "done" and trial.point.label is None:
@@ -80,7 +84,11 @@ class Monitor:
         """Tell tracking about a trial that has ended, in this run or before it."""
         uses = self._dispatcher.stage_uses()
         shared = {stage.key: uses[stage.key] > 1 for stage in trial.stages}
-        saved = sum(self._measured(stage.key) for stage in trial.stages if stage.key in self._done and self._store.has(stage.key))
+        saved = sum(
+            self._measured(stage.key)
+            for stage in trial.stages
+            if stage.key in self._done and self._store.has(stage.key)
+        )
         self._log.trial_started(trial)
         self._log.trial_ended(trial, outcome, shared=shared, saved_seconds=saved)
         self._done.update(stage.key for stage in trial.stages if self._store.has(stage.key))
@@ -169,7 +177,9 @@ class Monitor:
             return
         sign = 1 if self._objective.maximize else -1
         if self._best is None or sign * values[0] > sign * self._best[0]:
-            label = " ".join(f"{path}={_short(value)}" for path, value in trial.values.items()) or trial.point_id
+            label = (
+                " ".join(f"{path}={_short(value)}" for path, value in trial.values.items()) or trial.point_id
+            )
             self._best = (values[0], f"{self._objective.name} {values[0]:.2f} at {label}")
 
     def _measured(self, key: str) -> float:

@@ -99,9 +99,14 @@ class Planner:
             )
             planned.append(
                 PlannedStage(
-                    name=name, key=keys[name], spec=stage, seed=seed, inputs=inputs, content=content,
+                    name=name,
+                    key=keys[name],
+                    spec=stage,
+                    seed=seed,
+                    inputs=inputs,
+                    content=content,
                     signature=signatures[name],
-                )  # fmt: skip
+                )
             )
         return tuple(planned)
 
@@ -134,6 +139,8 @@ class Plan:
     """Key -> expected seconds, where history knows the kind of stage."""
     num_undrawn: int = 0
     """Points that the search will draw while it runs."""
+    num_confirming: int = 0
+    """Trials that the confirmation of the best points may add in the end."""
     slots: int = 1
     """How many trials run at a time."""
 
@@ -187,10 +194,11 @@ def make_plan(
     slots: int = 1,
 ) -> Plan:
     """Plan every point with every seed. Points that train the same thing become one. Problems are all reported."""
+    search = planner.spec.search
     problems: list[str] = []
     trials: dict[str, Trial] = {}
     for point in points:
-        for seed in range(planner.spec.search.seeds):
+        for seed in range(search.num_seeds(point.label)):
             try:
                 trial = planner.trial(point, seed)
             except ConfigurationError as error:
@@ -207,5 +215,6 @@ def make_plan(
         stored=frozenset(key for key in stages if has(key)),
         costs=costs,
         num_undrawn=num_undrawn,
+        num_confirming=search.confirm.top * max(0, search.confirm.seeds - search.seeds),
         slots=slots,
     )

@@ -22,16 +22,18 @@ def plan_text(plan: Plan) -> str:
     for name in sorted(by_name, key=lambda name: _depth(name, by_name)):
         stages, depth = by_name[name], _depth(name, by_name)
         to_run = [stage for stage in stages if stage.key in missing]
-        rows.append((
-            "  " * (depth - 1) + "└ " * (depth > 0) + name,
-            _list({stage.spec.method for stage in stages}),
-            _list({stage.spec.model.name for stage in stages if stage.spec.model}),
-            str(counts[name]["all"]),
-            str(counts[name]["stored"]),
-            str(len(to_run)),
-            f"{sum(uses[stage.key] for stage in stages)} trials",
-            duration(plan.seconds(to_run)) if to_run else "–",
-        ))  # fmt: skip
+        rows.append(
+            (
+                "  " * (depth - 1) + "└ " * (depth > 0) + name,
+                _list({stage.spec.method for stage in stages}),
+                _list({stage.spec.model.name for stage in stages if stage.spec.model}),
+                str(counts[name]["all"]),
+                str(counts[name]["stored"]),
+                str(len(to_run)),
+                f"{sum(uses[stage.key] for stage in stages)} trials",
+                duration(plan.seconds(to_run)) if to_run else "–",
+            )
+        )
     return "\n".join([_headline(plan), "", *_columns(rows), "", *_closing(plan)])
 
 
@@ -42,6 +44,8 @@ def _headline(plan: Plan) -> str:
     parts = [f"{len(ids)} {label if label == 'points' else f'x {label}'}" for label, ids in labels.items()]
     if plan.num_undrawn:
         parts.append(f"up to {plan.num_undrawn} points drawn while it runs")
+    if plan.num_confirming:
+        parts.append(f"up to {_plural(plan.num_confirming, 'trial')} more to confirm the best")
     return f"{plan.name}: {_plural(len(plan.trials), 'trial')} ({', '.join(parts)})"
 
 
@@ -50,16 +54,22 @@ def _closing(plan: Plan) -> list[str]:
     if not missing:
         done = "Everything is in the store; nothing will be trained."
         return [done] if not plan.num_undrawn else ["The points known now are in the store."]
-    summary = ", ".join(f"{_plural(row['to_run'], name + ' stage')}" for name, row in plan.counts().items() if row["to_run"])
+    summary = ", ".join(
+        f"{_plural(row['to_run'], name + ' stage')}" for name, row in plan.counts().items() if row["to_run"]
+    )
     lines = [f"To run: {summary}."]
     shared = plan.seconds(missing.values())
     if shared is None:
         unknown = sorted({stage.name for key, stage in missing.items() if key not in plan.costs})
-        lines.append(f"Expected cost: no history yet for {', '.join(unknown)}; known after the first one has run.")
+        lines.append(
+            f"Expected cost: no history yet for {', '.join(unknown)}; known after the first one has run."
+        )
         return lines
     todo = [trial for trial in plan.trials if trial.key not in plan.stored]
     alone = plan.seconds(stage for trial in todo for stage in trial.stages if stage.key not in plan.stored)
-    lines.append(f"Expected cost: {duration(shared)} of training, about {duration(shared / plan.slots)} with {_plural(plan.slots, 'trial')} at a time.")
+    lines.append(
+        f"Expected cost: {duration(shared)} of training, about {duration(shared / plan.slots)} with {_plural(plan.slots, 'trial')} at a time."
+    )
     if alone is not None and alone > shared:
         lines.append(f"Without sharing stages it would be {duration(alone)} ({alone / shared:.2f} x).")
     return lines
@@ -82,7 +92,9 @@ def _plural(count: int, noun: str) -> str:
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     return [lines[0], "  ".join("─" * width for width in widths), *lines[1:]]
 
 

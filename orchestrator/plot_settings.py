@@ -14,7 +14,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from orchestrator.plot_style import BASELINE, HIGHLIGHTS, finish
 from orchestrator.report_cells import setting, short_names, title
-from orchestrator.report_table import Goal, TrialRow
+from orchestrator.report_table import TrialRow
+from orchestrator.spec import Objective
 from orchestrator.statistics import spread
 
 __all__ = ["draw_settings"]
@@ -27,7 +28,9 @@ LOG_RATIO = 20.0
 """From this ratio of largest to smallest value on, a setting gets a logarithmic axis."""
 
 
-def draw_settings(rows: Sequence[TrialRow], objective: Goal, *, baseline: str | None = None) -> Figure | None:
+def draw_settings(
+    rows: Sequence[TrialRow], objective: Objective, *, baseline: str | None = None
+) -> Figure | None:
     """A dot per finished trial, a line through the means; the baseline as a dashed line. None without settings.
 
     A setting with one value among the finished trials has nothing to show and gets no panel, unless all are so.
@@ -69,7 +72,7 @@ def _panel(
     *,
     name: str,
     colour: str | None,
-    objective: Goal,
+    objective: Objective,
     baseline: str | None,
 ) -> None:
     varied = [row for row in rows if row.settings.get(name) is not None]
@@ -128,7 +131,7 @@ def _series(
     )
 
 
-def _baseline(axes: Axes, rows: Sequence[TrialRow], objective: Goal, baseline: str | None) -> None:
+def _baseline(axes: Axes, rows: Sequence[TrialRow], objective: Objective, baseline: str | None) -> None:
     named = [row for row in rows if baseline is not None and baseline in (row.label, row.point)]
     if named:
         mean = spread(row.metrics[objective.name] for row in named).mean

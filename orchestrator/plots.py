@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from orchestrator.plot_settings import draw_settings
 from orchestrator.plot_style import BASELINE, HIGHLIGHTS, OTHERS, finish, point_name, style
 from orchestrator.report_cells import title
-from orchestrator.report_table import Goal, TrialRow, on_test, selected
+from orchestrator.report_table import TrialRow, on_test, selected
+from orchestrator.spec import Objective
 from orchestrator.statistics import spread
 
 __all__ = ["draw", "draw_cost", "draw_curves", "draw_settings"]
@@ -26,7 +27,7 @@ NUM_HIGHLIGHTED = 3
 
 
 def draw(
-    rows: Sequence[TrialRow], objectives: Sequence[Goal], folder: Path, *, baseline: str | None = None
+    rows: Sequence[TrialRow], objectives: Sequence[Objective], folder: Path, *, baseline: str | None = None
 ) -> list[Path]:
     """Draw every picture that the rows allow into ``folder``; the paths of the files, PNG before SVG.
 
@@ -52,7 +53,9 @@ def draw(
     return paths
 
 
-def draw_curves(rows: Sequence[TrialRow], objective: Goal, *, baseline: str | None = None) -> Figure | None:
+def draw_curves(
+    rows: Sequence[TrialRow], objective: Objective, *, baseline: str | None = None
+) -> Figure | None:
     """Validation metric per epoch, a line per point (mean over its seeds); the best few and the baseline in colour."""
     metric = objective.name.rpartition(".")[2]
     curves = {point: curve for point, group in _points(rows).items() if (curve := _mean_curve(group, metric))}
@@ -99,7 +102,9 @@ def draw_curves(rows: Sequence[TrialRow], objective: Goal, *, baseline: str | No
     return figure
 
 
-def draw_cost(rows: Sequence[TrialRow], objective: Goal, *, baseline: str | None = None) -> Figure | None:
+def draw_cost(
+    rows: Sequence[TrialRow], objective: Objective, *, baseline: str | None = None
+) -> Figure | None:
     """Metric (test where measured, else validation) against training time per trial, a mark per point."""
     finished = {
         point: group for point, group in _points(rows).items() if any(row.status == "done" for row in group)
@@ -170,7 +175,7 @@ def _points(rows: Sequence[TrialRow]) -> dict[str, list[TrialRow]]:
     return points
 
 
-def _ranked(points: dict[str, list[TrialRow]], objective: Goal) -> list[str]:
+def _ranked(points: dict[str, list[TrialRow]], objective: Objective) -> list[str]:
     """Points by validation mean, the best first; finished ones before those that were stopped."""
 
     def order(point: str) -> tuple[bool, float]:
@@ -194,7 +199,7 @@ def _mean_curve(rows: Sequence[TrialRow], metric: str) -> tuple[list[float], lis
     return (list(kept), list(kept.values())) if kept else None
 
 
-def _zoom(axes: Axes, curves: Sequence[tuple[list[float], list[float]]], objective: Goal) -> None:
+def _zoom(axes: Axes, curves: Sequence[tuple[list[float], list[float]]], objective: Objective) -> None:
     """Show where the curves end up, not the first epochs far away from there."""
     settled = sorted(value for _, values in curves for value in values[len(values) // 4 :])
     if len(settled) < 8:

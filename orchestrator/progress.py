@@ -123,11 +123,18 @@ def render(status: Status) -> Group:
     for column in ("stage", "done", "running", "shared", "waiting"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name, count in status.counts.items():
-        table.add_row(name, *(str(value) for value in (count.done, count.running, count.shared, count.waiting)))
+        table.add_row(
+            name, *(str(value) for value in (count.done, count.running, count.shared, count.waiting))
+        )
     running = Table(box=None, pad_edge=False, show_header=False)
     for stage in status.running:
-        running.add_row(f"  {stage.name}", stage.key[:8], _bar(stage), f"{stage.epoch:g}/{stage.epochs}", stage.note)
-    head = Text(f"{status.name}  {status.trials_ended}/{status.trials} trials  {duration(status.elapsed_seconds)}", style="bold")
+        running.add_row(
+            f"  {stage.name}", stage.key[:8], _bar(stage), f"{stage.epoch:g}/{stage.epochs}", stage.note
+        )
+    head = Text(
+        f"{status.name}  {status.trials_ended}/{status.trials} trials  {duration(status.elapsed_seconds)}",
+        style="bold",
+    )
     if status.trials_failed:
         head.append(f"  {status.trials_failed} failed", style="red")
     if status.seconds_left is not None:

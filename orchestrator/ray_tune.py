@@ -133,8 +133,10 @@ def trial_slots(run: RunSettings, cluster: Mapping[str, float] | None = None) ->
     if min(fits) < 1:
         asked = ", ".join(f"{need * run.workers:g} {kind}" for kind, need in needs.items() if need)
         there = ", ".join(f"{cluster.get(kind, 0.0):g} {kind}" for kind in needs)
-        raise ConfigurationError(f"run: a trial needs {asked} (run.workers x per-worker resources), but the cluster has {there}; lower run.workers, run.cpus_per_worker or run.gpus_per_worker")
-    return min(min(fits), run.concurrent_trials or min(fits))
+        raise ConfigurationError(
+            f"run: a trial needs {asked} (run.workers x per-worker resources), but the cluster has {there}; lower run.workers, run.cpus_per_worker or run.gpus_per_worker"
+        )
+    return min(*fits, run.concurrent_trials or fits[0])
 
 
 @dataclass(frozen=True)
@@ -212,13 +214,20 @@ class _DispatchSearcher(Searcher):
 
 def _outcome(result: Mapping[str, Any], row: Row | None, error: bool) -> Outcome:
     if error:
-        return Outcome(status="failed", reason="the trial's process died; see Ray's logs on its node (out of memory, lost node?)")
+        return Outcome(
+            status="failed",
+            reason="the trial's process died; see Ray's logs on its node (out of memory, lost node?)",
+        )
     if OUTCOME in result:
         told = json.loads(result[OUTCOME])
         return Outcome(status=told["status"], values=tuple(told["values"]), reason=told["reason"])
     if row is None:
         return Outcome(status="failed", reason="the trial ended without a result")
-    return Outcome(status="stopped", values=(float(result[OBJECTIVE]),), reason=f"stopped early after epoch {row['epoch']:g}")
+    return Outcome(
+        status="stopped",
+        values=(float(result[OBJECTIVE]),),
+        reason=f"stopped early after epoch {row['epoch']:g}",
+    )
 
 
 class _Tick(tune.Callback):
@@ -271,7 +280,9 @@ def drive(
                 failure_config=tune.FailureConfig(max_failures=planner.spec.run.max_failures),
             ),
         )
-        logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # it misses the result files that we turned off
+        logging.getLogger("ray.tune.analysis").setLevel(
+            logging.ERROR
+        )  # it misses the result files that we turned off
         tuner.fit()
 
 

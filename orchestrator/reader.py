@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +16,9 @@ from orchestrator.space import parse_domain
 from orchestrator.spec import DataSettings, ExperimentSpec, Objective, RunSettings, SearchSettings
 
 __all__ = ["parse_experiment"]
+
+POINT_LABELS = ("point", "points")
+"""How tables and plans name the points of the search."""
 
 MEASURED = ("num_parameters", "seconds")
 """Metrics that every stage has besides those of its method: size, and training time."""
@@ -31,17 +34,17 @@ def parse_experiment(document: Mapping[str, Any], catalog: Catalog) -> Experimen
     data = _parse_data(document.get("data"), catalog, problems)
     stages = _stage_mappings(document.get("stages"), "stages", problems)
     if not stages:
-        problems.add("stages", "an experiment needs at least one stage, for instance teacher: {method: supervised, ...}")
-    baselines = {
-        label: _stage_mappings(value, f"baselines.{label}", problems)
-        for label, value in as_mapping(document.get("baselines"), "baselines", problems).items()
-    }
+        problems.add(
+            "stages",
+            "an experiment needs at least one stage, for instance teacher: {method: supervised, ...}",
+        )
+    baselines = _parse_baselines(document.get("baselines"), problems)
     search = _parse_search(document.get("search"), stages, problems)
-    run = parse(RunSettings, document.get("run") or {}, "run", problems)
+    run = parse(RunSettings, as_mapping(document.get("run"), "run", problems), "run", problems)
     if search is not None:
         _check_chains(stages, baselines, search, catalog, problems)
         if data is not None:
-            _check_validation(data, stages, search, problems)
+            _check_validation(data, [stages, *baselines.values()], search, problems)
     if problems or data is None or search is None or run is None:
         raise ConfigurationError(*problems)
     return ExperimentSpec(
@@ -60,17 +63,33 @@ def _stage_mappings(value: Any, path: str, problems: Problems) -> dict[str, dict
     stages = {}
     for name, stage in as_mapping(value, path, problems).items():
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in SECTIONS:
-            problems.add(f"{path}.{name}", "a stage name is lower-case letters, digits and '_', and no section's name")
+            problems.add(
+                f"{path}.{name}", "a stage name is lower-case letters, digits and '_', and no section's name"
+            )
         stages[name] = as_mapping(stage, f"{path}.{name}", problems)
     return stages
+
+
+def _parse_baselines(value: Any, problems: Problems) -> dict[str, dict[str, dict[str, Any]]]:
+    baselines = {}
+    for label, stages in as_mapping(value, "baselines", problems).items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", label) or label in POINT_LABELS:
+            problems.add(
+                f"baselines.{label}",
+                f"a baseline's name is letters, digits, '.', '_' or '-', and not one of {', '.join(POINT_LABELS)}",
+            )
+        baselines[label] = _stage_mappings(stages, f"baselines.{label}", problems)
+    return baselines
 
 
 def _parse_data(value: Any, catalog: Catalog, problems: Problems) -> DataSettings | None:
     settings = as_mapping(value, "data", problems)
     dataset = settings.pop("dataset", None)
     if not isinstance(dataset, str):
-        problems.add("data.dataset", f"expected the name of a data set, got {dataset!r}. "
-                     f"Known: {', '.join(sorted(catalog.datasets))}")
+        problems.add(
+            "data.dataset",
+            f"expected the name of a data set, got {dataset!r}. Known: {', '.join(sorted(catalog.datasets))}",
+        )
         return None
     try:
         source_class = catalog.dataset(dataset)
@@ -80,9 +99,13 @@ def _parse_data(value: Any, catalog: Catalog, problems: Problems) -> DataSetting
     common = {item.name for item in fields(DataSettings)} - {"source", "dataset"}
     own = {item.name for item in fields(source_class)}  # type: ignore[arg-type]
     for name in [name for name in settings if name not in common | own]:
-        problems.add(f"data.{name}", f"{name!r} is not a setting of data set {dataset!r}{nearest(name, common | own)}")
+        problems.add(
+            f"data.{name}", f"{name!r} is not a setting of data set {dataset!r}{nearest(name, common | own)}"
+        )
         settings.pop(name)
-    source = parse(source_class, {key: item for key, item in settings.items() if key in own}, "data", problems)
+    source = parse(
+        source_class, {key: item for key, item in settings.items() if key in own}, "data", problems
+    )
     if source is None:
         return None
     shared = {key: item for key, item in settings.items() if key in common}
@@ -95,7 +118,10 @@ def _parse_search(value: Any, stages: Mapping[str, Any], problems: Problems) -> 
     space = {}
     for path, domain in as_mapping(settings.pop("space", None), "search.space", problems).items():
         if path.partition(".")[0] not in stages or "." not in path:
-            problems.add(f"search.space.{path}", f"expected STAGE.SETTING with a stage of this experiment; stages: {', '.join(stages)}")
+            problems.add(
+                f"search.space.{path}",
+                f"expected STAGE.SETTING with a stage of this experiment; stages: {', '.join(stages)}",
+            )
             continue
         parsed = parse_domain(domain, f"search.space.{path}", problems)
         if parsed is not None:
@@ -107,28 +133,40 @@ def _parse_search(value: Any, stages: Mapping[str, Any], problems: Problems) -> 
         problems.add(f"search.{name}", f"{name!r} is not a setting of search{nearest(name, allowed)}")
         settings.pop(name)
     search = parse(
-        SearchSettings, {**settings, "space": Typed(space),
-                         "objectives": Typed(tuple(objectives))}, "search", problems,
+        SearchSettings,
+        {**settings, "space": Typed(space), "objectives": Typed(tuple(objectives))},
+        "search",
+        problems,
     )
     if search is None or not objectives:
         return None
     ranges = [path for path, domain in space.items() if domain.kind != "grid"]
     if search.algorithm == "grid" and ranges:
-        problems.add("search.algorithm", f"grid cannot draw from {', '.join(ranges)}; use {{grid: [...]}} there, or algorithm: random or optuna")
+        problems.add(
+            "search.algorithm",
+            f"grid cannot draw from {', '.join(ranges)}; use {{grid: [...]}} there, or algorithm: random or optuna",
+        )
     return search
 
 
 def _parse_objectives(value: Any, stages: Mapping[str, Any], problems: Problems) -> list[Objective]:
-    if value is None:
+    if value is None or value == []:
         problems.add("search.objective", "is missing; for instance objective: {maximize: student.top1}")
         return []
     found = []
     for item in value if isinstance(value, list) else [value]:
-        direction, name = next(iter(item.items())) if isinstance(item, Mapping) and len(item) == 1 else (None, None)
+        direction, name = (
+            next(iter(item.items())) if isinstance(item, Mapping) and len(item) == 1 else (None, None)
+        )
         if direction not in ("maximize", "minimize") or not isinstance(name, str) or "." not in name:
-            problems.add("search.objective", f"expected {{maximize: STAGE.METRIC}} or {{minimize: ...}}, got {item!r}")
+            problems.add(
+                "search.objective", f"expected {{maximize: STAGE.METRIC}} or {{minimize: ...}}, got {item!r}"
+            )
         elif name.partition(".")[0] not in stages:
-            problems.add("search.objective", f"{name!r} names no stage of this experiment{nearest(name.partition('.')[0], stages)}")
+            problems.add(
+                "search.objective",
+                f"{name!r} names no stage of this experiment{nearest(name.partition('.')[0], stages)}",
+            )
         else:
             found.append(Objective(name=name, maximize=direction == "maximize"))
     if len(found) > 2 or len({objective.stage for objective in found}) > 1:
@@ -150,32 +188,57 @@ def _check_chains(
     for label, replaced in baselines.items():
         merged = with_baseline(stages, replaced)
         own = Problems()
-        used |= set(resolve_chain(merged, {}, target, catalog, own))
+        chain = resolve_chain(merged, {}, target, catalog, own)
+        used |= set(chain)
+        for name in [name for name in replaced if name not in chain and not own]:
+            own.add(
+                f"stages.{name}",
+                f"nothing leads from this stage to the objective's stage {target!r}{nearest(name, stages)}",
+            )
         for problem in own:
             if problem not in problems:
                 problems.add("", problem.replace("stages.", f"baselines.{label}.", 1))
     for name in stages:
         if name not in used and not problems:
-            problems.add(f"stages.{name}", f"nothing leads from this stage to the objective's stage {target!r}; remove it or use ${name}")
+            problems.add(
+                f"stages.{name}",
+                f"nothing leads from this stage to the objective's stage {target!r}; remove it or use ${name}",
+            )
     for path, domain in search.space.items():
+        seen = set(problems)
         for value in domain.probes():
             own = Problems()
             resolve_chain(stages, {path: value}, target, catalog, own)
-            for problem in own:
-                if problem not in problems:
-                    problems.add("", f"search.space.{path} = {value!r}: {problem}")
+            for problem in [problem for problem in own if problem not in seen]:
+                seen.add(problem)
+                problems.add("", f"search.space.{path} = {value!r}: {problem}")
     if target in base:
         known = catalog.method(base[target].method).evaluation_metrics + MEASURED
         for objective in search.objectives:
             if objective.metric.startswith("test_"):
-                problems.add("search.objective", f"{objective.name!r} reads the test set; choices read the validation split: use {objective.stage}.{objective.metric.removeprefix('test_')}")
+                problems.add(
+                    "search.objective",
+                    f"{objective.name!r} reads the test set; choices read the validation split: use {objective.stage}.{objective.metric.removeprefix('test_')}",
+                )
             elif objective.metric not in known:
-                problems.add("search.objective", f"stage {target!r} reports no {objective.metric!r}{nearest(objective.metric, known)}")
+                problems.add(
+                    "search.objective",
+                    f"stage {target!r} reports no {objective.metric!r}{nearest(objective.metric, known)}",
+                )
 
 
 def _check_validation(
-    data: DataSettings, stages: Mapping[str, Mapping[str, Any]], search: SearchSettings, problems: Problems
+    data: DataSettings,
+    chains: Sequence[Mapping[str, Mapping[str, Any]]],
+    search: SearchSettings,
+    problems: Problems,
 ) -> None:
-    keeps_best = any(as_mapping(stage.get("train"), "", Problems()).get("keep") == "best" for stage in stages.values())
+    trains = [
+        as_mapping(stage.get("train"), "", Problems()) for stages in chains for stage in stages.values()
+    ]
+    keeps_best = any(train.get("keep") == "best" for train in trains)
     if data.validation == 0.0 and (search.space or search.scheduler.name != "none" or keeps_best):
-        problems.add("data.validation", "is 0, but this experiment makes choices (search space, scheduler or keep: best); hold out a part of the training data, for instance 0.1")
+        problems.add(
+            "data.validation",
+            "is 0, but this experiment makes choices (search space, scheduler or keep: best); hold out a part of the training data, for instance 0.1",
+        )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from orchestrator.report_table import Cost, Goal, Objective, TrialRow, best, cost, table
+from orchestrator.report_table import Cost, Objective, TrialRow, best, cost, table
 from orchestrator.report_text import Report, to_markdown, to_text
 
 __all__ = [
     "Cost",
-    "Goal",
     "Objective",
     "Report",
     "TrialRow",

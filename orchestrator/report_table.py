@@ -10,13 +10,14 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import pandas as pd
 
+from orchestrator.spec import Objective
 from orchestrator.statistics import paired_difference, spread
 
-__all__ = ["Cost", "Goal", "Objective", "TrialRow", "best", "cost", "on_test", "selected", "table"]
+__all__ = ["Cost", "Objective", "TrialRow", "best", "cost", "on_test", "selected", "table"]
 
 Status = Literal["done", "failed", "stopped", "waiting"]
 ORDER = {"done": 0, "partial": 0, "stopped": 1, "waiting": 2, "failed": 3}
@@ -53,25 +54,6 @@ class TrialRow:
     """Content key of the last stage."""
 
 
-class Goal(Protocol):
-    """What a report needs of an objective; ``Objective`` and the one of the experiment's settings both fit."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def maximize(self) -> bool: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """A metric that the sweep judges points by."""
-
-    name: str
-    """``STAGE.METRIC``, measured on validation."""
-    maximize: bool = True
-
-
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """Training time of all trials together."""
@@ -87,7 +69,7 @@ class Cost:
 
 
 def table(
-    rows: Sequence[TrialRow], objectives: Sequence[Goal], *, baseline: str | None = None
+    rows: Sequence[TrialRow], objectives: Sequence[Objective], *, baseline: str | None = None
 ) -> pd.DataFrame:
     """One row per point, the best validation mean first, failed points last.
 
@@ -152,7 +134,7 @@ def on_test(name: str) -> str:
 
 
 def _line(
-    point: Sequence[TrialRow], settings: Sequence[str], objectives: Sequence[Goal], tests: Sequence[str]
+    point: Sequence[TrialRow], settings: Sequence[str], objectives: Sequence[Objective], tests: Sequence[str]
 ) -> dict[str, Any]:
     first = point[0]
     line: dict[str, Any] = {"point": first.point, "label": first.label}
@@ -173,7 +155,7 @@ def _statistics(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def _difference(
-    point: Sequence[TrialRow], reference: Sequence[TrialRow], objective: Goal, split: str
+    point: Sequence[TrialRow], reference: Sequence[TrialRow], objective: Objective, split: str
 ) -> dict[str, float]:
     name = objective.name if split == "validation" else on_test(objective.name)
     if point[0].point in {row.point for row in reference}:
@@ -188,7 +170,7 @@ def _difference(
 
 
 def _reference(
-    points: Mapping[str, Sequence[TrialRow]], baseline: str | None, objective: Goal
+    points: Mapping[str, Sequence[TrialRow]], baseline: str | None, objective: Objective
 ) -> list[TrialRow]:
     """The trials of the baseline: of several points of that label, the best on validation."""
     sign = 1.0 if objective.maximize else -1.0
@@ -199,7 +181,7 @@ def _reference(
 
 
 def _difference_split(
-    points: Mapping[str, Sequence[TrialRow]], reference: Sequence[TrialRow], objective: Goal
+    points: Mapping[str, Sequence[TrialRow]], reference: Sequence[TrialRow], objective: Objective
 ) -> str:
     """Test, when any point shares a seed with the baseline there."""
     name = on_test(objective.name)
@@ -212,7 +194,7 @@ def _by_seed(rows: Sequence[TrialRow], name: str) -> dict[int, float]:
     return {row.seed: row.metrics[name] for row in rows if row.status == "done" and name in row.metrics}
 
 
-def _measured_on_test(rows: Sequence[TrialRow], objectives: Sequence[Goal]) -> list[str]:
+def _measured_on_test(rows: Sequence[TrialRow], objectives: Sequence[Objective]) -> list[str]:
     """Test names of the objectives that any finished trial has."""
     names = [on_test(objective.name) for objective in objectives]
     return [name for name in names if any(row.status == "done" and name in row.metrics for row in rows)]
@@ -242,7 +224,7 @@ def _status(point: Sequence[TrialRow]) -> str:
     return next(status for status in ("stopped", "waiting", "failed") if status in present)
 
 
-def _sorted(frame: pd.DataFrame, objective: Goal) -> pd.DataFrame:
+def _sorted(frame: pd.DataFrame, objective: Objective) -> pd.DataFrame:
     sign = -1.0 if objective.maximize else 1.0
     ranked = frame.assign(_group=frame["status"].map(ORDER), _value=sign * frame[objective.name])
     ranked = ranked.sort_values(["_group", "_value"], kind="stable", na_position="last")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from orchestrator.report_cells import MISSING, Column, columns, duration, setting, short_names, signed
-from orchestrator.report_table import Goal, TrialRow, best, cost, table
+from orchestrator.report_table import TrialRow, best, cost, table
+from orchestrator.spec import Objective
 from orchestrator.statistics import PairedDifference, verdict
 
 __all__ = ["Report", "to_markdown", "to_text"]
@@ -27,7 +28,7 @@ class Report:
     name: str
     """Of the experiment."""
     rows: Sequence[TrialRow]
-    objectives: Sequence[Goal]
+    objectives: Sequence[Objective]
     baseline: str | None = None
     """Label, or point id, of the point that the others are compared with."""
     description: str = ""

@@ -93,7 +93,12 @@ class Result:
         """Draw metric against each swept setting, learning curves, and accuracy against cost, as PNG and SVG."""
         from orchestrator.plots import draw
 
-        return draw(self.rows, self.spec.search.objectives, Path(folder or self.folder / "report"))
+        return draw(
+            self.rows,
+            self.spec.search.objectives,
+            Path(folder or self.folder / "report"),
+            baseline=self.baseline,
+        )
 
     def write(self) -> Path:
         """Write ``table.csv``, ``report.md`` and the pictures below the sweep's folder; returns the report."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from orchestrator.space import Domain, grid_points, random_point
 from orchestrator.spec import SearchSettings
 
-__all__ = ["ListSampler", "OptunaSampler", "Sampler", "make_sampler", "known_points"]
+__all__ = ["ListSampler", "OptunaSampler", "Sampler", "known_points", "make_sampler"]
 
 
 class Sampler(Protocol):

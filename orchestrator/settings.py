@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,7 +57,9 @@ def parse(cls: type[T], values: Any, path: str, problems: Problems) -> T | None:
     num_problems = len(problems)
     for name in values:
         if name not in fields:
-            problems.add(f"{path}.{name}", f"{name!r} is not a setting of {cls.__name__}{nearest(name, fields)}")
+            problems.add(
+                f"{path}.{name}", f"{name!r} is not a setting of {cls.__name__}{nearest(name, fields)}"
+            )
     hints = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for name, field in fields.items():
@@ -89,7 +92,10 @@ def _convert(kind: Any, value: Any, path: str, problems: Problems) -> Any:
         return _convert_sequence(arguments[0], value, path, problems)
     if origin is not None and issubclass(origin, Mapping):
         if isinstance(value, Mapping):
-            return {str(name): _convert(arguments[1], item, f"{path}.{name}", problems) for name, item in value.items()}
+            return {
+                str(name): _convert(arguments[1], item, f"{path}.{name}", problems)
+                for name, item in value.items()
+            }
         problems.add(path, f"expected a mapping, got {value!r}")
         return None
     if dataclasses.is_dataclass(kind):
@@ -123,8 +129,12 @@ def _convert_scalar(kind: Any, value: Any, path: str, problems: Problems) -> Any
     elif kind is float and not isinstance(value, bool):
         converted = _number(value)
     elif kind is int and not isinstance(value, bool):
-        number = _number(value)
-        converted = int(number) if number is not _MISSING and float(number).is_integer() else _MISSING
+        number = value if isinstance(value, int) else _number(value)
+        converted = (
+            int(number)
+            if number is not _MISSING and (isinstance(number, int) or number.is_integer())
+            else _MISSING
+        )
     elif isinstance(kind, type) and isinstance(value, kind):
         converted = value
     if converted is _MISSING:
@@ -134,12 +144,14 @@ def _convert_scalar(kind: Any, value: Any, path: str, problems: Problems) -> Any
 
 
 def _number(value: Any) -> Any:
+    """``value`` as a float; NaN is no setting, and neither is what no float can hold."""
     if not isinstance(value, int | float | str):
         return _MISSING
     try:
-        return float(value)
-    except ValueError:
+        number = float(value)
+    except (ValueError, OverflowError):
         return _MISSING
+    return _MISSING if math.isnan(number) else number
 
 
 def to_plain(value: Any) -> Any:

@@ -11,7 +11,17 @@ from typing import Any, Literal
 
 from orchestrator.settings import Problems, nearest
 
-__all__ = ["Domain", "choice", "grid", "grid_points", "loguniform", "parse_domain", "randint", "random_point", "uniform"]
+__all__ = [
+    "Domain",
+    "choice",
+    "grid",
+    "grid_points",
+    "loguniform",
+    "parse_domain",
+    "randint",
+    "random_point",
+    "uniform",
+]
 
 Kind = Literal["grid", "choice", "uniform", "loguniform", "randint"]
 KINDS: tuple[Kind, ...] = ("grid", "choice", "uniform", "loguniform", "randint")

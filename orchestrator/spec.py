@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from methods.catalog import Catalog
-from methods.data.augment import Augment
-from methods.data.base import DataSource
+from methods.data.base import Augment, DataSource
 from orchestrator.chain import Chain, resolve_chain, with_baseline
 from orchestrator.errors import ConfigurationError
 from orchestrator.settings import Problems
@@ -24,13 +24,14 @@ __all__ = [
     "SearchSettings",
 ]
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
     """What the search optimises: a metric of the last stage, on the validation split."""
 
     name: str
     """``STAGE.METRIC``"""
-    maximize: bool
+    maximize: bool = True
 
     @property
     def stage(self) -> str:
@@ -122,8 +123,16 @@ class SearchSettings:
         for name in ("num_samples", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if len({objective.name for objective in self.objectives}) < len(self.objectives):
+            raise ValueError(f"objective names {self.objectives[0].name!r} twice")
         if len(self.objectives) > 1 and self.scheduler.name != "none":
-            raise ValueError(f"scheduler {self.scheduler.name!r} needs a single objective; use scheduler: none")
+            raise ValueError(
+                f"scheduler {self.scheduler.name!r} needs a single objective; use scheduler: none"
+            )
+
+    def num_seeds(self, label: str | None) -> int:
+        """Seeds of a point of the search (None) or of a baseline, which has as many as a confirmed point."""
+        return max(self.seeds, self.confirm.seeds) if label is not None and self.confirm.top else self.seeds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,10 +165,10 @@ class RunSettings:
         if self.concurrent_trials is not None and self.concurrent_trials < 1:
             raise ValueError(f"concurrent_trials must be at least 1, got {self.concurrent_trials}")
         for name in ("gpus_per_worker", "max_failures", "checkpoint_seconds"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.lease_seconds < 1:
-            raise ValueError(f"lease_seconds must be at least 1, got {self.lease_seconds}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        if not 1 <= self.lease_seconds < math.inf:
+            raise ValueError(f"lease_seconds must be finite and at least 1, got {self.lease_seconds}")
         if not self.storage:
             raise ValueError("storage must name a folder or URL, got ''")
 

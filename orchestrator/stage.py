@@ -45,7 +45,9 @@ def load_source(store: Store, key: str, catalog: Catalog) -> Source:
     model = parse(ModelSettings, manifest["model"], "model", problems) if manifest["model"] else None
     task = parse(Task, manifest["task"], "task", problems)
     if problems or task is None:
-        raise DamagedArtifactError(f"artifact {key}: its manifest cannot be understood: {'; '.join(problems)}")
+        raise DamagedArtifactError(
+            f"artifact {key}: its manifest cannot be understood: {'; '.join(problems)}"
+        )
     return Source(
         key=key,
         method=manifest["content"]["method"],
@@ -100,10 +102,15 @@ class StageRunner:
 
     def _build(self, stage: PlannedStage, task: Task, device: torch.device) -> Method:
         spec = stage.spec
-        inputs = {role: load_source(self.store, key, self.catalog).teacher().to(device) for role, key in stage.inputs.items()}
+        inputs = {
+            role: load_source(self.store, key, self.catalog).teacher().to(device)
+            for role, key in stage.inputs.items()
+        }
         for role, teacher in inputs.items():
             if teacher.num_classes != task.num_classes:
-                raise ConfigurationError(f"stages.{stage.name}.{role}: teacher {teacher.key[:8]} has {teacher.num_classes} classes, the data set {task.num_classes}")
+                raise ConfigurationError(
+                    f"stages.{stage.name}.{role}: teacher {teacher.key[:8]} has {teacher.num_classes} classes, the data set {task.num_classes}"
+                )
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(stage.seed, "initialise", spec.method))
             model = self.catalog.build_model(spec.model, task) if spec.model else None
@@ -167,7 +174,9 @@ class StageRunner:
             "finished": time.time(),
         }
         files = {
-            "weights.safetensors": save_tensors({name: tensor.contiguous() for name, tensor in training.weights.items()}),
+            "weights.safetensors": save_tensors(
+                {name: tensor.contiguous() for name, tensor in training.weights.items()}
+            ),
             "history.json": json.dumps(training.history).encode(),
         }
         self.store.put(stage.key, files, manifest)
@@ -179,7 +188,9 @@ def pick_device(gpus_per_worker: float) -> torch.device:
     if gpus_per_worker == 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigurationError("run.gpus_per_worker is set, but torch sees no GPU on this node; check the driver, or set it to 0")
+        raise ConfigurationError(
+            "run.gpus_per_worker is set, but torch sees no GPU on this node; check the driver, or set it to 0"
+        )
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -197,7 +208,9 @@ def out_of_memory_named(stage: PlannedStage, device: torch.device) -> Iterator[N
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(
+            error
+        ):
             raise
         peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else float("nan")
         raise OutOfMemoryError(

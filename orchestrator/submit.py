@@ -46,7 +46,10 @@ def submit_job(address: str, name: str, document_text: str, *, follow: bool) -> 
         try:
             asyncio.run(_follow(client, job))
         except KeyboardInterrupt:
-            print(f"no longer following; job {job} goes on: ray job logs {job} --follow --address {address}", file=sys.stderr)
+            print(
+                f"no longer following; job {job} goes on: ray job logs {job} --follow --address {address}",
+                file=sys.stderr,
+            )
     return job
 
 

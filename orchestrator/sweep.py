@@ -101,7 +101,9 @@ class Sweep:
         run_id = uuid.uuid4().hex[:12]
         with make_display(quiet) as display:
             if trouble:
-                display.event(f"warning: {trouble} The sweep goes on; its journal is sent when the server is back.")
+                display.event(
+                    f"warning: {trouble} The sweep goes on; its journal is sent when the server is back."
+                )
             log = SweepLog(journal, self.spec, self.store, code_version())
             log.sweep_started(self.document_text, self.facts.data)
             try:
@@ -162,7 +164,9 @@ class Sweep:
             interrupted = True
             dispatcher.cancel_waiting()
             self.store.write_json(stop_path(run_id), {"at": time.time()})
-            display.event("interrupted: running stages stop after their epoch and keep a checkpoint; Ctrl-C again stops now")
+            display.event(
+                "interrupted: running stages stop after their epoch and keep a checkpoint; Ctrl-C again stops now"
+            )
 
         try:
             drive(self.planner, runner, dispatcher, monitor, slots=slots, interrupt=interrupt)
@@ -196,13 +200,17 @@ class Sweep:
         status: EndStatus = "KILLED" if result.interrupted else "FAILED" if result.num_failed else "FINISHED"
         best = result.best_trial
         bundle = result.write_best(best) if best is not None else None
-        log.sweep_ended(status, report=self.folder / "report", best_trial=best, bundle=bundle, numbers=result.numbers())
+        log.sweep_ended(
+            status, report=self.folder / "report", best_trial=best, bundle=bundle, numbers=result.numbers()
+        )
 
     def _close(self, mirror: Mirror, journal: Journal, display: Display) -> None:
         journal.close()
         left = mirror.close(DRAIN_SECONDS)
         if left:
-            display.event(f"{left} tracking records wait in {self.folder / 'journal.jsonl'}; the same command sends them")
+            display.event(
+                f"{left} tracking records wait in {self.folder / 'journal.jsonl'}; the same command sends them"
+            )
 
 
 def code_version() -> str:

@@ -47,11 +47,14 @@ class SweepLog:
                 "mlflow.note.content": f"```yaml\n{document_text}\n```",
             },
         )
-        objectives = ", ".join(f"{'max' if item.maximize else 'min'} {item.name}" for item in search.objectives)
-        self._journal.params(
+        objectives = ", ".join(
+            f"{'max' if item.maximize else 'min'} {item.name}" for item in search.objectives
+        )
+        self._journal.tags(  # not params: an extended sweep may change them
             self.sweep_id,
-            {"objective": objectives, "algorithm": search.algorithm, "scheduler": search.scheduler.name,
-             "seeds": search.seeds, "dataset": self._spec.data.dataset, "validation": self._spec.data.validation},
+            {"stillhouse.objective": objectives, "stillhouse.algorithm": search.algorithm,
+             "stillhouse.scheduler": search.scheduler.name, "stillhouse.seeds": search.seeds,
+             "stillhouse.validation": self._spec.data.validation},
         )  # fmt: skip
 
     def knows(self, trial: Trial) -> bool:
@@ -109,7 +112,9 @@ class SweepLog:
         settings = {"method": stage.spec.method, **active_settings(stage.spec, self._spec.catalog)}
         if stage.spec.model is not None:
             settings["model"] = stage.spec.model.name
-        self._journal.params(stage_id, settings | {f"train.{k}": v for k, v in active_train(stage.spec.train).items()})
+        self._journal.params(
+            stage_id, settings | {f"train.{k}": v for k, v in active_train(stage.spec.train).items()}
+        )
 
     def stage_row(self, stage: PlannedStage, row: Row) -> None:
         """One epoch of a running stage; a row seen before is left out."""
@@ -129,7 +134,9 @@ class SweepLog:
         self._journal.metrics(stage_id, [row for row in rows if row["epoch"] > seen])
         final = {f"final_{name}": value for name, value in manifest["metrics"].items()}
         cost = {f"cost_{name}": value for name, value in manifest["cost"].items()}
-        self._journal.metrics(stage_id, [{**final, **cost, "time": manifest["finished"], "epoch": manifest["epochs"]}])
+        self._journal.metrics(
+            stage_id, [{**final, **cost, "time": manifest["finished"], "epoch": manifest["epochs"]}]
+        )
         self._journal.tags(
             stage_id,
             {f"stillhouse.{name}": value for name, value in manifest["placement"].items()}
@@ -137,7 +144,9 @@ class SweepLog:
         )
         self._journal.end(stage_id, "FINISHED", manifest["finished"])
 
-    def trial_ended(self, trial: Trial, outcome: Outcome, *, shared: Mapping[str, bool], saved_seconds: float) -> None:
+    def trial_ended(
+        self, trial: Trial, outcome: Outcome, *, shared: Mapping[str, bool], saved_seconds: float
+    ) -> None:
         """Close a trial's run: its curve, its final numbers, links to its stages, what sharing saved."""
         trial_id = _trial_id(trial)
         for stage in trial.stages:
@@ -149,7 +158,9 @@ class SweepLog:
                 self._journal.end(f"stage:{stage.key}", ENDINGS[outcome.status])
         if outcome.status == "done":
             self._log_final(trial, saved_seconds)
-        self._journal.tags(trial_id, {"stillhouse.status": outcome.status, "stillhouse.reason": outcome.reason or "-"})
+        self._journal.tags(
+            trial_id, {"stillhouse.status": outcome.status, "stillhouse.reason": outcome.reason or "-"}
+        )
         self._journal.end(trial_id, ENDINGS[outcome.status])
 
     def _log_final(self, trial: Trial, saved_seconds: float) -> None:
@@ -157,13 +168,18 @@ class SweepLog:
         manifest = self._store.manifest(trial.key)
         rows = json.loads(self._store.read(trial.key, "history.json"))
         curve = [
-            {key if key in ("epoch", "time") else f"{name}.{key}": value for key, value in row.items()} for row in rows
+            {key if key in ("epoch", "time") else f"{name}.{key}": value for key, value in row.items()}
+            for row in rows
         ]
         final = {f"{name}.final_{key}": value for key, value in manifest["metrics"].items()}
         for stage in trial.stages[:-1]:
             metrics = self._store.manifest(stage.key)["metrics"]
             final |= {f"{stage.name}.final_{key}": value for key, value in metrics.items()}
-        final |= {"saved_by_sharing_seconds": saved_seconds, "epoch": manifest["epochs"], "time": manifest["finished"]}
+        final |= {
+            "saved_by_sharing_seconds": saved_seconds,
+            "epoch": manifest["epochs"],
+            "time": manifest["finished"],
+        }
         self._journal.metrics(_trial_id(trial), [*curve, final])
 
     def sweep_ended(
@@ -176,7 +192,9 @@ class SweepLog:
         if report is not None:
             self._journal.artifact(self.sweep_id, report, "report")
         if best_trial is not None:
-            self._journal.tags(self.sweep_id, {"stillhouse.best": best_trial.point_id, "stillhouse.best_key": best_trial.key})
+            self._journal.tags(
+                self.sweep_id, {"stillhouse.best": best_trial.point_id, "stillhouse.best_key": best_trial.key}
+            )
             if bundle is not None:
                 self._journal.model(_trial_id(best_trial), bundle)
         self._journal.end(self.sweep_id, status)

@@ -72,7 +72,7 @@ class TrialRunner:
             return Outcome(status="failed", reason=f"{type(error).__name__.removesuffix('Error')}: {error}")
 
     def _walk(self, trial: Trial, report: Callable[[Row], bool | None]) -> Outcome:
-        for stage in trial.stages:
+        for stage in () if self.store.has(trial.key) else trial.stages:
             if not self.store.has(stage.key):
                 self._make(stage, report if stage is trial.final else None)
         return Outcome(status="done", values=objective_values(self.store, trial, self.objectives))
@@ -88,7 +88,7 @@ class TrialRunner:
             started = time.time()
             try:
                 self._execute_with_pauses(stage, lease, report)
-            except (DamagedArtifactError, MissingArtifactError, StorageError, StopTraining):
+            except (StorageError, StopTraining, _BusyElsewhereError):
                 raise
             except Exception as error:
                 self._record_failure(stage, error)
@@ -103,6 +103,8 @@ class TrialRunner:
         stop_requested = _Throttled(lambda: self.store.read_json(stop_path(self.run_id)) is not None)
 
         def observe(row: Row) -> bool | None:
+            if lease.lost:  # this process was suspended for so long that another one has taken over
+                raise _BusyElsewhereError
             rows.append(row)
             lease.update({"name": stage.name, "epoch": row["epoch"], "epochs": stage.epochs, "rows": rows})
             if report is not None and report(row):
@@ -119,7 +121,9 @@ class TrialRunner:
             except StorageError as error:
                 if pause is None:
                     raise
-                logger.warning("stage %s (%s): %s; trying again in %.0f s", stage.name, stage.key[:8], error, pause)
+                logger.warning(
+                    "stage %s (%s): %s; trying again in %.0f s", stage.name, stage.key[:8], error, pause
+                )
                 rows.clear()
                 time.sleep(pause)
 
@@ -129,8 +133,6 @@ class TrialRunner:
             raise StageFailedError(f"stage {stage.name} ({stage.key[:8]}) failed: {failure['reason']}")
 
     def _record_failure(self, stage: PlannedStage, error: Exception) -> None:
-        if isinstance(error, StageFailedError | _BusyElsewhereError):
-            return
         if not isinstance(error, ConfigurationError | DivergedError | OutOfMemoryError):
             logger.warning("stage %s (%s) failed", stage.name, stage.key[:8], exc_info=error)
         record = {
@@ -147,15 +149,17 @@ class TrialRunner:
         """Remember what an epoch of this kind of stage took, whole stage included, for later estimates."""
         path = f"costs/{stage.signature}.json"
         known = self.store.read_json(path) or {"seconds_per_epoch": []}
-        known["seconds_per_epoch"] = [*known["seconds_per_epoch"], seconds / stage.epochs][-16:]
+        known["seconds_per_epoch"] = [*known["seconds_per_epoch"], seconds / max(1, stage.epochs)][-16:]
         self.store.write_json(path, known)
 
     def _set_aside_damaged(self, trial: Trial, error: StorageError) -> None:
         logger.warning("%s; it is built again", error)
-        for stage in trial.stages[:-1]:
+        for stage in trial.stages:
             if self.store.has(stage.key):
                 try:
                     self.store.verify(stage.key)
+                except MissingArtifactError:  # another trial has just set it aside
+                    continue
                 except DamagedArtifactError as damage:
                     self.store.set_aside(stage.key, str(damage))
 
@@ -186,10 +190,12 @@ def failure_path(key: str) -> str:
 
 
 def objective_values(store: Store, trial: Trial, objectives: tuple[Objective, ...]) -> tuple[float, ...]:
-    """The trial's worth, from the manifest of its finished last stage."""
+    """The trial's worth, from the manifest of its finished last stage; NaN where no validation split was held out."""
     metrics: dict[str, Any] = store.manifest(trial.key)["metrics"]
     names = [objective.metric for objective in objectives]
-    absent = [name for name in names if name not in metrics]
+    absent = [name for name in names if name not in metrics and f"test_{name}" not in metrics]
     if absent:
-        raise ConfigurationError(f"stage {trial.final.name} ({trial.key[:8]}) reported no {', '.join(absent)}; it has {', '.join(sorted(metrics))}")
-    return tuple(float(metrics[name]) for name in names)
+        raise ConfigurationError(
+            f"stage {trial.final.name} ({trial.key[:8]}) reported no {', '.join(absent)}; it has {', '.join(sorted(metrics))}"
+        )
+    return tuple(float(metrics.get(name, "nan")) for name in names)
