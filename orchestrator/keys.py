@@ -30,7 +30,7 @@ class Facts:
 
 def content_key(content: Any) -> str:
     """32 hex digits that depend on every value of ``content`` and not on the order of its keys."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

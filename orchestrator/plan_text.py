@@ -19,8 +19,9 @@ def plan_text(plan: Plan) -> str:
     rows = [("stage", "method", "model", "distinct", "stored", "to run", "used by", "expected")]
     counts = plan.counts()
     missing = plan.missing
-    for name in sorted(by_name, key=lambda name: _depth(name, by_name)):
-        stages, depth = by_name[name], _depth(name, by_name)
+    depths = _depths(plan)
+    for name in sorted(by_name, key=depths.__getitem__):
+        stages, depth = by_name[name], depths[name]
         to_run = [stage for stage in stages if stage.key in missing]
         rows.append(
             (
@@ -54,16 +55,15 @@ def _closing(plan: Plan) -> list[str]:
     if not missing:
         done = "Everything is in the store; nothing will be trained."
         return [done] if not plan.num_undrawn else ["The points known now are in the store."]
-    summary = ", ".join(
-        f"{_plural(row['to_run'], name + ' stage')}" for name, row in plan.counts().items() if row["to_run"]
-    )
+    counts, depths = plan.counts(), _depths(plan)
+    names = [name for name in sorted(counts, key=depths.__getitem__) if counts[name]["to_run"]]
+    summary = ", ".join(_plural(counts[name]["to_run"], f"{name} stage") for name in names)
     lines = [f"To run: {summary}."]
     shared = plan.seconds(missing.values())
     if shared is None:
-        unknown = sorted({stage.name for key, stage in missing.items() if key not in plan.costs})
-        lines.append(
-            f"Expected cost: no history yet for {', '.join(unknown)}; known after the first one has run."
-        )
+        unknown = {stage.name for key, stage in missing.items() if key not in plan.costs}
+        listed = ", ".join(name for name in names if name in unknown)
+        lines.append(f"Expected cost: no history yet for {listed}; known after the first one has run.")
         return lines
     todo = [trial for trial in plan.trials if trial.key not in plan.stored]
     alone = plan.seconds(stage for trial in todo for stage in trial.stages if stage.key not in plan.stored)
@@ -75,11 +75,14 @@ def _closing(plan: Plan) -> list[str]:
     return lines
 
 
-def _depth(name: str, by_name: dict[str, list[PlannedStage]]) -> int:
-    """How many stages stand above this one, by the longest way."""
-    names = {stage.key: stage.name for stages in by_name.values() for stage in stages}
-    above = {names[key] for stage in by_name[name] for key in stage.inputs.values()}
-    return max((_depth(other, by_name) + 1 for other in above), default=0)
+def _depths(plan: Plan) -> dict[str, int]:
+    """Stage name -> how many stages stand above it, by the longest way."""
+    depths: dict[str, int] = {}
+    by_name: dict[str, int] = {}
+    for key, stage in plan.stages.items():
+        depths[key] = max((depths[source] + 1 for source in stage.inputs.values()), default=0)
+        by_name[stage.name] = max(depths[key], by_name.get(stage.name, 0))
+    return by_name
 
 
 def _list(names: set[str]) -> str:

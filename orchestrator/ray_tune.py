@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -25,6 +26,7 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
+from methods import BUILTIN, Catalog
 from methods.data.base import ImageData
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.errors import ConfigurationError
@@ -39,6 +41,7 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -193,11 +196,20 @@ class _DispatchSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
+        if not error:  # a trial that died is taken in by ``died``, which Tune lets know why
+            self._end(trial_id, _outcome(result or {}, self._last_rows.get(trial_id)))
+
+    def died(self, trial_id: str, error_text: str) -> None:
+        """A trial's process ended without an outcome, and Tune has given up to start it again."""
+        lines = [line for line in error_text.splitlines() if line.strip()]
+        reason = f"the trial's process died: {lines[-1].strip() if lines else 'no reason given'}"
+        self._end(trial_id, Outcome(status="failed", reason=reason))
+
+    def _end(self, trial_id: str, outcome: Outcome) -> None:
         trial = self._trials.pop(trial_id, None)
+        self._last_rows.pop(trial_id, None)
         if trial is None:
             return
-        row = self._last_rows.pop(trial_id, None)
-        outcome = _outcome(result or {}, row, error)
         self._dispatcher.ended(trial, outcome)
         if outcome.status != "deferred":
             self._listener.trial_ended(trial, outcome)
@@ -212,12 +224,7 @@ class _DispatchSearcher(Searcher):
         return {}
 
 
-def _outcome(result: Mapping[str, Any], row: Row | None, error: bool) -> Outcome:
-    if error:
-        return Outcome(
-            status="failed",
-            reason="the trial's process died; see Ray's logs on its node (out of memory, lost node?)",
-        )
+def _outcome(result: Mapping[str, Any], row: Row | None) -> Outcome:
     if OUTCOME in result:
         told = json.loads(result[OUTCOME])
         return Outcome(status=told["status"], values=tuple(told["values"]), reason=told["reason"])
@@ -230,17 +237,40 @@ def _outcome(result: Mapping[str, Any], row: Row | None, error: bool) -> Outcome
     )
 
 
-class _Tick(tune.Callback):
-    """Lets the listener look around while no trial reports."""
+class _Watch(tune.Callback):
+    """Lets the listener look around while no trial reports, and learns why a trial died."""
 
-    def __init__(self, listener: SweepListener) -> None:
+    def __init__(self, listener: SweepListener, searcher: _DispatchSearcher) -> None:
         self._listener = listener
+        self._searcher = searcher
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._listener.tick()
 
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._searcher.died(trial.trial_id, str(trial.get_error() or ""))
+
     def __getstate__(self) -> dict[str, Any]:
         return {}
+
+
+def ship_by_value(catalog: Catalog) -> None:
+    """Let code that the user brought travel to workers as such: they may not be able to import its module."""
+    tables = (
+        (catalog.methods, BUILTIN.methods),
+        (catalog.models, BUILTIN.models),
+        (catalog.datasets, BUILTIN.datasets),
+    )
+    own = [code for ours, builtin in tables for name, code in ours.items() if builtin.get(name) is not code]
+    for module in {sys.modules.get(code.__module__) for code in own}:
+        path = getattr(module, "__file__", None)
+        if (
+            module is not None
+            and path
+            and "site-packages" not in Path(path).parts
+            and module.__name__ != "__main__"
+        ):
+            ray.cloudpickle.register_pickle_by_value(module)
 
 
 def drive(
@@ -256,6 +286,7 @@ def drive(
 
     ``interrupt`` is called at the first Ctrl-C; a second one raises ``KeyboardInterrupt`` at once.
     """
+    ship_by_value(planner.spec.catalog)
     searcher = _DispatchSearcher(dispatcher, listener, slots)
     trainable = tune.with_resources(
         tune.with_parameters(_run_trial, function=_TrialFunction(planner, runner)),
@@ -276,7 +307,7 @@ def drive(
                 name="sweep",
                 storage_path=folder,
                 verbose=0,
-                callbacks=[_Tick(listener)],
+                callbacks=[_Watch(listener, searcher)],
                 failure_config=tune.FailureConfig(max_failures=planner.spec.run.max_failures),
             ),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -60,7 +61,7 @@ def parse(cls: type[T], values: Any, path: str, problems: Problems) -> T | None:
             problems.add(
                 f"{path}.{name}", f"{name!r} is not a setting of {cls.__name__}{nearest(name, fields)}"
             )
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for name, field in fields.items():
         if name in values:
@@ -75,6 +76,11 @@ def parse(cls: type[T], values: Any, path: str, problems: Problems) -> T | None:
         subject = str(error).partition(" ")[0]
         problems.add(f"{path}.{subject}" if subject in fields else path, str(error))
         return None
+
+
+@functools.cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _convert(kind: Any, value: Any, path: str, problems: Problems) -> Any:
@@ -126,15 +132,8 @@ def _convert_scalar(kind: Any, value: Any, path: str, problems: Problems) -> Any
     converted: Any = _MISSING
     if kind is Any or kind is object:
         converted = value
-    elif kind is float and not isinstance(value, bool):
-        converted = _number(value)
-    elif kind is int and not isinstance(value, bool):
-        number = value if isinstance(value, int) else _number(value)
-        converted = (
-            int(number)
-            if number is not _MISSING and (isinstance(number, int) or number.is_integer())
-            else _MISSING
-        )
+    elif kind is float or kind is int:
+        converted = _number(kind, value)
     elif isinstance(kind, type) and isinstance(value, kind):
         converted = value
     if converted is _MISSING:
@@ -143,14 +142,18 @@ def _convert_scalar(kind: Any, value: Any, path: str, problems: Problems) -> Any
     return converted
 
 
-def _number(value: Any) -> Any:
-    """``value`` as a float; NaN is no setting, and neither is what no float can hold."""
-    if not isinstance(value, int | float | str):
+def _number(kind: type, value: Any) -> Any:
+    """``value`` as a whole number or a float. Neither a truth value nor NaN is one."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
         return _MISSING
+    if kind is int and isinstance(value, int):
+        return value
     try:
         number = float(value)
     except (ValueError, OverflowError):
         return _MISSING
+    if kind is int:
+        return int(number) if number.is_integer() else _MISSING
     return _MISSING if math.isnan(number) else number
 
 

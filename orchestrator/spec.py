@@ -80,8 +80,8 @@ class SchedulerSettings:
     def __post_init__(self) -> None:
         if self.grace_epochs < 1:
             raise ValueError(f"grace_epochs must be at least 1, got {self.grace_epochs}")
-        if self.reduction_factor <= 1:
-            raise ValueError(f"reduction_factor must be greater than 1, got {self.reduction_factor}")
+        if not 1 < self.reduction_factor < math.inf:
+            raise ValueError(f"reduction_factor must be finite and above 1, got {self.reduction_factor}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,12 +38,17 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> Callable[..., Experiment]:
-    """``experiment(search={...}, run={...}, methods=...)``: the small one, with whole sections updated."""
+    """``experiment(search={...}, remove=("views",))``: the small one, sections updated and stages removed."""
 
     def make(**changes: Any) -> Experiment:
-        document = {name: dict(section) if isinstance(section, dict) else section for name, section in DOCUMENT.items()}
+        document = {
+            name: dict(section) if isinstance(section, dict) else section
+            for name, section in DOCUMENT.items()
+        }
         document["run"] = {"storage": str(tmp_path / "runs")}
-        for name in ("data", "stages", "baselines", "search", "run"):
+        for name in changes.pop("remove", ()):
+            del document["stages"][name]
+        for name in ("data", "stages", "search", "run"):
             document[name] = {**document[name], **changes.pop(name, {})}
         return Experiment(**{**document, **changes})
 

@@ -53,11 +53,19 @@ def test_stages_are_shared_stored_and_extended(experiment, tmp_path) -> None:
     assert again.table().equals(table)
     assert experiment().plan().missing == {}
 
-    wider = experiment(search={"space": {"views.num_branches": grid([1, 2, 3, 4]), "views.margin": grid([0.1, 0.3])}})
-    assert {name: row["to_run"] for name, row in wider.plan().counts().items()} == {"teacher": 0, "views": 2, "student": 4}
+    wider = experiment(
+        search={"space": {"views.num_branches": grid([1, 2, 3, 4]), "views.margin": grid([0.1, 0.3])}}
+    )
+    assert {name: row["to_run"] for name, row in wider.plan().counts().items()} == {
+        "teacher": 0,
+        "views": 2,
+        "student": 4,
+    }
     wider.run(quiet=True)
     assert stage_runs(storage) == {"teacher": 1, "views": 8, "student": 18}
-    assert before.items() <= {key: manifest["created"] for key, manifest in artifacts(storage).items()}.items()
+    assert (
+        before.items() <= {key: manifest["created"] for key, manifest in artifacts(storage).items()}.items()
+    )
 
     in_sweep = weights(storage)
     alone = experiment(
@@ -115,7 +123,10 @@ def test_early_stopping_stays_stopped(experiment, tmp_path) -> None:
 
 @pytest.mark.parametrize("objective", ["one", "two"])
 def test_optuna(experiment, objective) -> None:
-    objectives = {"one": {"maximize": "student.top1"}, "two": [{"maximize": "student.top1"}, {"minimize": "student.num_parameters"}]}
+    objectives = {
+        "one": {"maximize": "student.top1"},
+        "two": [{"maximize": "student.top1"}, {"minimize": "student.num_parameters"}],
+    }
     drawn = experiment(
         search={"space": {"views.margin": uniform(0.05, 0.5), "student.model": {"choice": ["tiny_mlp", "mini_cnn"]}},
                 "algorithm": "optuna", "num_samples": 4, "seeds": 1, "objective": objectives[objective]},
@@ -129,7 +140,11 @@ def test_optuna(experiment, objective) -> None:
 
 def test_confirm_adds_seeds_to_the_best(experiment) -> None:
     result = experiment(
-        search={"space": {"views.num_branches": grid([1, 2, 3])}, "seeds": 1, "confirm": {"top": 1, "seeds": 3}}
+        search={
+            "space": {"views.num_branches": grid([1, 2, 3])},
+            "seeds": 1,
+            "confirm": {"top": 1, "seeds": 3},
+        }
     ).run(quiet=True)
     seeds = result.table().set_index("label")["seeds"]
     assert seeds["kd"] == 3
