@@ -43,6 +43,7 @@ class DistributedExecute:
         for path in (_progress_path(stage), _stop_path(stage)):
             store.delete_json(path)
         fit = _Fit(self._trainer(stage))
+        fit.start()
         try:
             self._follow(stage, fit, report)
         finally:

@@ -119,9 +119,12 @@ def _cluster_is_here() -> bool:
 
 
 def trial_resources(run: RunSettings) -> dict[str, float]:
-    """What a trial itself holds: its worker's share, or next to nothing when Ray Train places several workers."""
+    """What a trial itself holds: its worker's share, or a token when Ray Train places several workers.
+
+    Tune refuses a trial that asks for nothing, and any fraction of a CPU could be the one that the workers lack.
+    """
     if run.workers > 1:
-        return {"CPU": 0.01}
+        return {"memory": float(2**20)}
     resources = {"CPU": float(run.cpus_per_worker)}
     return {**resources, "GPU": run.gpus_per_worker} if run.gpus_per_worker else resources
 

@@ -6,6 +6,7 @@ answers lead to the same points, whatever the order in which trials finish.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -55,16 +56,16 @@ class OptunaSampler:
     """TPE for one objective, NSGA-II for two.
 
     Optuna's next suggestion depends on what it was told before. To be reproducible, answers are passed on in the
-    order of the points, and the k-th point is drawn when exactly the answers up to k - ``lag`` are known.
+    order of the points, and the k-th point is drawn when exactly the answers up to k - ``num_ahead`` are known.
     """
 
-    def __init__(self, search: SearchSettings, lag: int) -> None:
+    def __init__(self, search: SearchSettings) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space = search.space
         self._num_points = search.num_samples
-        self._lag = lag
+        self._num_ahead = search.num_ahead
         single = len(search.objectives) == 1
         self._study = optuna.create_study(
             directions=["maximize" if objective.maximize else "minimize" for objective in search.objectives],
@@ -76,7 +77,7 @@ class OptunaSampler:
         self._num_told = 0
 
     def ask(self) -> dict[str, Any] | None:
-        if self.exhausted or not self._catch_up(len(self._asked) - self._lag + 1):
+        if self.exhausted or not self._catch_up(len(self._asked) - self._num_ahead + 1):
             return None
         trial = self._study.ask()
         self._asked.append(trial)
@@ -98,7 +99,7 @@ class OptunaSampler:
                 return False
             values = self._answers[self._num_told]
             trial = self._asked[self._num_told]
-            if values is None:
+            if values is None or any(math.isnan(value) for value in values):
                 self._study.tell(trial, state=TrialState.FAIL)
             else:
                 self._study.tell(trial, list(values))
@@ -125,7 +126,7 @@ def known_points(search: SearchSettings) -> list[dict[str, Any]] | None:
     return None
 
 
-def make_sampler(search: SearchSettings, lag: int) -> Sampler:
-    """The sampler of an experiment; ``lag`` is how many points may be under way at a time."""
+def make_sampler(search: SearchSettings) -> Sampler:
+    """The sampler of an experiment."""
     points = known_points(search)
-    return ListSampler(points) if points is not None else OptunaSampler(search, max(1, lag))
+    return ListSampler(points) if points is not None else OptunaSampler(search)

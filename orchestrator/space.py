@@ -42,8 +42,8 @@ class Domain:
         if len(self.values) != 2 or not all(_is_number(value) for value in self.values):
             raise ValueError(f"{self.kind} needs two numbers [low, high], got {list(self.values)!r}")
         low, high = self.values
-        if not low < high:
-            raise ValueError(f"{self.kind} needs low < high, got {list(self.values)!r}")
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"{self.kind} needs finite numbers with low < high, got {list(self.values)!r}")
         if self.kind == "loguniform" and low <= 0:
             raise ValueError(f"loguniform needs 0 < low, got {list(self.values)!r}")
         if self.kind == "randint" and not all(float(value).is_integer() for value in self.values):

@@ -112,6 +112,9 @@ class SearchSettings:
     """Early stopping."""
     num_samples: int = 16
     """How many points ``random`` and ``optuna`` draw; ``grid`` takes all."""
+    num_ahead: int = 8
+    """How many points ``optuna`` may draw ahead of their predecessors' worth. It bounds how many points are under way
+    and, unlike the size of the cluster, never changes: so an interrupted search goes on with the same points."""
     seeds: int = 1
     """How often each point is run; it is judged by its mean."""
     seed: int = 0
@@ -120,7 +123,7 @@ class SearchSettings:
     """More seeds for the best points."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "seeds"):
+        for name in ("num_samples", "num_ahead", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if len({objective.name for objective in self.objectives}) < len(self.objectives):

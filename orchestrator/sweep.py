@@ -84,7 +84,7 @@ class Sweep:
     def result(self) -> Result:
         """What the store knows of this sweep, without running anything."""
         endings = Endings(self.store, self.spec.search)
-        dispatcher = self._dispatcher(endings.look_up, slots=1)
+        dispatcher = self._dispatcher(endings.look_up)
         dispatcher.next()
         return self._result(dispatcher)
 
@@ -121,11 +121,10 @@ class Sweep:
     def _drive(
         self, endings: Endings, log: SweepLog, display: Display, run_id: str
     ) -> tuple[Dispatcher, bool]:
-        slots = self._slots() if known_points(self.spec.search) is None else 1
-        dispatcher = self._dispatcher(endings.recall, slots)
+        dispatcher = self._dispatcher(endings.recall)
         recalled = [(dispatcher.trials[key], outcome) for key, outcome in dispatcher.outcomes.items()]
         costs = CostHistory(self.store)
-        slots = slots if dispatcher.finished else self._slots()
+        slots = 1 if dispatcher.finished else self._slots()
         monitor = Monitor(
             dispatcher, self.store, log, display, name=self.spec.name, objective=self.spec.search.objectives[0],
             endings=endings, costs=costs, slots=slots,
@@ -174,10 +173,10 @@ class Sweep:
             self.store.delete_json(stop_path(run_id))
         return interrupted
 
-    def _dispatcher(self, recall: Callable[[Trial], Outcome | None], slots: int) -> Dispatcher:
+    def _dispatcher(self, recall: Callable[[Trial], Outcome | None]) -> Dispatcher:
         return Dispatcher(
             self.planner,
-            make_sampler(self.spec.search, slots),
+            make_sampler(self.spec.search),
             stored=self.store.has,
             busy=lambda key: self.store.holder(key) is not None,
             recall=recall,

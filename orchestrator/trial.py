@@ -148,9 +148,13 @@ class TrialRunner:
     def _record_cost(self, stage: PlannedStage, seconds: float) -> None:
         """Remember what an epoch of this kind of stage took, whole stage included, for later estimates."""
         path = f"costs/{stage.signature}.json"
-        known = self.store.read_json(path) or {"seconds_per_epoch": []}
-        known["seconds_per_epoch"] = [*known["seconds_per_epoch"], seconds / max(1, stage.epochs)][-16:]
-        self.store.write_json(path, known)
+        try:
+            known = self.store.read_json(path) or {"seconds_per_epoch": []}
+            per_epoch = seconds / max(1, stage.epochs)
+            known["seconds_per_epoch"] = [*known["seconds_per_epoch"], per_epoch][-16:]
+            self.store.write_json(path, known)
+        except StorageError as error:  # an estimate is a courtesy: the stage itself is finished and stored
+            logger.warning("the cost of stage %s (%s) is not remembered: %s", stage.name, stage.key[:8], error)
 
     def _set_aside_damaged(self, trial: Trial, error: StorageError) -> None:
         logger.warning("%s; it is built again", error)

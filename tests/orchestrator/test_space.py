@@ -51,6 +51,7 @@ def test_yaml_and_python_give_the_same_domain(plain: dict[str, Any], domain: Dom
         ({"randint": [0, 1.5]}, "whole numbers"),
         ({"uniform": [0, float("inf")]}, "finite"),
         ({"randint": [0, float("inf")]}, "finite"),
+        ({"uniform": [float("nan"), 1]}, "finite"),
         ({"grid": [1], "choice": [1]}, "expected one of grid"),
         ({}, "expected one of grid"),
         ({"gird": [1]}, "did you mean 'grid'?"),

@@ -17,7 +17,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 def artifacts(storage: Path) -> dict[str, dict[str, Any]]:
     store = Store(str(storage))
-    return {key: store.manifest(key) for key in store.keys()}
+    keys = list(store.keys())
+    return {key: store.manifest(key) for key in keys}
 
 
 def stage_runs(storage: Path) -> Counter[str]:
@@ -32,7 +33,8 @@ def stage_runs(storage: Path) -> Counter[str]:
 
 def weights(storage: Path) -> dict[str, bytes]:
     store = Store(str(storage))
-    return {key: store.read(key, "weights.safetensors") for key in store.keys()}
+    keys = list(store.keys())
+    return {key: store.read(key, "weights.safetensors") for key in keys}
 
 
 @pytest.mark.slow
