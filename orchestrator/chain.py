@@ -109,28 +109,12 @@ def _resolve_stage(
 ) -> StageSpec | None:
     path = f"stages.{name}"
     method_name = stage.pop("method", None)
-    if not isinstance(method_name, str):
-        problems.add(
-            f"{path}.method",
-            f"expected the name of a method, got {method_name!r}. Known: {', '.join(sorted(catalog.methods))}",
-        )
-        return None
-    try:
-        method = catalog.method(method_name)
-    except UnknownNameError as error:
-        problems.add(f"{path}.method", str(error))
+    method = _resolve_method(method_name, f"{path}.method", catalog, problems)
+    if method is None:
         return None
     num_problems = len(problems)
     model = _resolve_model(stage.pop("model", None), method, f"{path}.model", catalog, problems)
-    train = parse(
-        TrainSettings, {**method.train_defaults, **as_mapping(stage.pop("train", None), f"{path}.train", problems)},
-        f"{path}.train", problems,
-    )  # fmt: skip
-    if train is not None and train.keep == "best" and train.objective not in ("", *method.evaluation_metrics):
-        problems.add(
-            f"{path}.train.objective",
-            f"{method_name} reports no {train.objective!r}{nearest(train.objective, method.evaluation_metrics)}",
-        )
+    train = _resolve_train(stage.pop("train", None), method, f"{path}.train", problems)
     seed = stage.pop("seed", "trial" if name == target else 0)
     if seed != "trial" and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         problems.add(f"{path}.seed", f"expected 'trial' or a whole number from 0, got {seed!r}")
@@ -145,6 +129,28 @@ def _resolve_stage(
     return StageSpec(
         name=name, method=method_name, settings=settings, model=model, train=train, seed=seed, inputs=inputs
     )
+
+
+def _resolve_method(name: Any, path: str, catalog: Catalog, problems: Problems) -> type[Method] | None:
+    if not isinstance(name, str):
+        known = ", ".join(sorted(catalog.methods))
+        problems.add(path, f"expected the name of a method, got {name!r}. Known: {known}")
+        return None
+    try:
+        return catalog.method(name)
+    except UnknownNameError as error:
+        problems.add(path, str(error))
+        return None
+
+
+def _resolve_train(value: Any, method: type[Method], path: str, problems: Problems) -> TrainSettings | None:
+    values = {**method.train_defaults, **as_mapping(value, path, problems)}
+    train = parse(TrainSettings, values, path, problems)
+    metrics = method.evaluation_metrics
+    if train is not None and train.keep == "best" and train.objective not in ("", *metrics):
+        hint = nearest(train.objective, metrics)
+        problems.add(f"{path}.objective", f"{method.__name__} reports no {train.objective!r}{hint}")
+    return train
 
 
 def _resolve_settings(stage: dict[str, Any], method: type[Method], path: str, problems: Problems) -> Any:

@@ -157,7 +157,8 @@ class _TrialFunction:
         objective = trial_objective(self.planner)
 
         def report(row: Row) -> None:
-            if objective in row:
+            # The last epoch goes unreported: a scheduler would stop what is finished, before its artifact is stored.
+            if objective in row and row["epoch"] < trial.final.epochs:
                 tune.report({ROW: json.dumps(row), OBJECTIVE: row[objective], "epoch": row["epoch"]})
 
         outcome = self.runner.run(trial, report)
@@ -199,8 +200,12 @@ class _DispatchSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        if not error:  # a trial that died is taken in by ``died``, which Tune lets know why
-            self._end(trial_id, _outcome(result or {}, self._last_rows.get(trial_id)))
+        if error:  # a trial that died is taken in by ``died``, which Tune lets know why
+            return
+        result = result or {}
+        if OUTCOME not in result:  # the row at which the scheduler stopped it, which Tune shows only here
+            self.on_trial_result(trial_id, result)
+        self._end(trial_id, _outcome(result, self._last_rows.get(trial_id)))
 
     def died(self, trial_id: str, error_text: str) -> None:
         """A trial's process ended without an outcome, and Tune has given up to start it again."""

@@ -184,20 +184,7 @@ def _check_chains(
     """Type the experiment itself, each baseline, and each value that the space may set, one at a time."""
     target = search.objectives[0].stage
     base = resolve_chain(stages, {}, target, catalog, problems)
-    used = set(base)
-    for label, replaced in baselines.items():
-        merged = with_baseline(stages, replaced)
-        own = Problems()
-        chain = resolve_chain(merged, {}, target, catalog, own)
-        used |= set(chain)
-        for name in [name for name in replaced if name not in chain and not own]:
-            own.add(
-                f"stages.{name}",
-                f"nothing leads from this stage to the objective's stage {target!r}{nearest(name, stages)}",
-            )
-        for problem in own:
-            if problem not in problems:
-                problems.add("", problem.replace("stages.", f"baselines.{label}.", 1))
+    used = set(base) | _check_baselines(stages, baselines, target, catalog, problems)
     for name in stages:
         if name not in used and not problems:
             problems.add(
@@ -213,18 +200,45 @@ def _check_chains(
                 seen.add(problem)
                 problems.add("", f"search.space.{path} = {value!r}: {problem}")
     if target in base:
-        known = catalog.method(base[target].method).evaluation_metrics + MEASURED
-        for objective in search.objectives:
-            if objective.metric.startswith("test_"):
-                problems.add(
-                    "search.objective",
-                    f"{objective.name!r} reads the test set; choices read the validation split: use {objective.stage}.{objective.metric.removeprefix('test_')}",
-                )
-            elif objective.metric not in known:
-                problems.add(
-                    "search.objective",
-                    f"stage {target!r} reports no {objective.metric!r}{nearest(objective.metric, known)}",
-                )
+        _check_metrics(search, catalog.method(base[target].method).evaluation_metrics + MEASURED, problems)
+
+
+def _check_baselines(
+    stages: Mapping[str, Mapping[str, Any]],
+    baselines: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    target: str,
+    catalog: Catalog,
+    problems: Problems,
+) -> set[str]:
+    """Names of the stages that the baselines use."""
+    used: set[str] = set()
+    for label, replaced in baselines.items():
+        own = Problems()
+        chain = resolve_chain(with_baseline(stages, replaced), {}, target, catalog, own)
+        used |= set(chain)
+        for name in [name for name in replaced if name not in chain and not own]:
+            own.add(
+                f"stages.{name}",
+                f"nothing leads from this stage to the objective's stage {target!r}{nearest(name, stages)}",
+            )
+        for problem in own:
+            if problem not in problems:
+                problems.add("", problem.replace("stages.", f"baselines.{label}.", 1))
+    return used
+
+
+def _check_metrics(search: SearchSettings, known: Sequence[str], problems: Problems) -> None:
+    for objective in search.objectives:
+        metric = objective.metric
+        if metric.startswith("test_"):
+            better = f"{objective.stage}.{metric.removeprefix('test_')}"
+            problems.add(
+                "search.objective",
+                f"{objective.name!r} reads the test set; choices read the validation split: use {better}",
+            )
+        elif metric not in known:
+            hint = nearest(metric, known)
+            problems.add("search.objective", f"stage {objective.stage!r} reports no {metric!r}{hint}")
 
 
 def _check_validation(

@@ -12,6 +12,7 @@ from safetensors.torch import load as load_tensors
 from methods.base import Task
 from orchestrator import report
 from orchestrator.bundle import BundleSettings, write_bundle
+from orchestrator.errors import StorageError
 from orchestrator.plan import Point, Trial
 from orchestrator.report import Report, TrialRow
 from orchestrator.spec import ExperimentSpec
@@ -102,7 +103,14 @@ class Result:
 
     def write(self) -> Path:
         """Write ``table.csv``, ``report.md`` and the pictures below the sweep's folder; returns the report."""
-        folder = self.folder / "report"
+        try:
+            return self._write(self.folder / "report")
+        except OSError as error:
+            raise StorageError(
+                f"the report cannot be written: {error}; set run.storage to another place"
+            ) from error
+
+    def _write(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         self.table().to_csv(folder / "table.csv", index=False)
         plots = self.plot() if any(row.history for row in self.rows) else []

@@ -154,7 +154,9 @@ class TrialRunner:
             known["seconds_per_epoch"] = [*known["seconds_per_epoch"], per_epoch][-16:]
             self.store.write_json(path, known)
         except StorageError as error:  # an estimate is a courtesy: the stage itself is finished and stored
-            logger.warning("the cost of stage %s (%s) is not remembered: %s", stage.name, stage.key[:8], error)
+            logger.warning(
+                "the cost of stage %s (%s) is not remembered: %s", stage.name, stage.key[:8], error
+            )
 
     def _set_aside_damaged(self, trial: Trial, error: StorageError) -> None:
         logger.warning("%s; it is built again", error)

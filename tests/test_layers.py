@@ -117,7 +117,11 @@ def _code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     assert function.end_lineno is not None
     lines = function.end_lineno - function.lineno + 1
     first = function.body[0]
-    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+    if (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    ):
         assert first.end_lineno is not None
         lines -= first.end_lineno - first.lineno + 1
     return lines
@@ -141,7 +145,11 @@ def test_nothing_is_unpickled(name: str) -> None:
     used = packages_of(ROOT / name) & PICKLERS
     assert not used or name in PICKLE_ALLOWED
     source = tree(ROOT / name)
-    loads = [node for node in ast.walk(source) if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"]
+    loads = [
+        node
+        for node in ast.walk(source)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    ]
     assert all(any(ast.unparse(word) == "weights_only=True" for word in load.keywords) for load in loads)
     calls = {ast.unparse(node.func) for node in ast.walk(source) if isinstance(node, ast.Call)}
     assert not calls & {"pickle.load", "pickle.loads", "yaml.unsafe_load", "yaml.full_load", "eval", "exec", "os.system", "torch.save"}  # fmt: skip
@@ -157,10 +165,16 @@ def test_no_place_of_this_machine_is_in_the_product(path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("methods/", "orchestrator/"))])
 def test_annotations_are_never_evaluated(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
-    has_code = any(not isinstance(node, ast.Expr | ast.ImportFrom | ast.Assign) for node in tree(ROOT / name).body)
+    has_code = any(
+        not isinstance(node, ast.Expr | ast.ImportFrom | ast.Assign) for node in tree(ROOT / name).body
+    )
     assert not has_code or "from __future__ import annotations" in text
 
 
 def test_two_test_files_never_share_a_name() -> None:
-    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name not in ("conftest.py", "__init__.py")]
+    names = [
+        path.name
+        for path in (ROOT / "tests").rglob("*.py")
+        if path.name not in ("conftest.py", "__init__.py")
+    ]
     assert sorted(names) == sorted(set(names))

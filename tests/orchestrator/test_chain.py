@@ -40,7 +40,12 @@ def test_defaults_of_the_method_lie_below_the_settings_of_the_stage() -> None:
         ({"student.model.name": "resnet8"}, "student", "model.name", "resnet8"),
         ({"student.seed": 4}, "student", "seed", 4),
         ({"student.method": "kd"}, "student", "settings.temperature", 4.0),
-        ({"student.method": "kd", "student.teacher": "$teacher"}, "student", "inputs", {"teacher": "teacher"}),
+        (
+            {"student.method": "kd", "student.teacher": "$teacher"},
+            "student",
+            "inputs",
+            {"teacher": "teacher"},
+        ),
     ],
 )
 def test_values_are_laid_over_stages(
@@ -73,7 +78,14 @@ def test_a_baseline_inherits_model_train_and_seed_and_nothing_else() -> None:
 
 
 def test_a_baseline_may_name_its_own_recipe() -> None:
-    changes = {"baselines/kd/student": {"method": "kd", "teacher": "$teacher", "model": "resnet8", "train": {"epochs": 3}}}
+    changes = {
+        "baselines/kd/student": {
+            "method": "kd",
+            "teacher": "$teacher",
+            "model": "resnet8",
+            "train": {"epochs": 3},
+        }
+    }
     student = spec_of(changes).chain("kd", {})["student"]
     assert (student.model, student.train.epochs) == (ModelSettings(name="resnet8"), 3)
 
@@ -89,7 +101,10 @@ def test_a_baseline_without_a_method_keeps_ours() -> None:
     [
         (["student"], ["teacher", "views", "student"]),
         (["assistant", "student"], ["teacher", "views", "assistant", "student"]),
-        (["teacher", "assistant", "second", "student"], ["teacher", "views", "assistant", "second", "student"]),
+        (
+            ["teacher", "assistant", "second", "student"],
+            ["teacher", "views", "assistant", "second", "student"],
+        ),
         (["large", "teacher"], ["large", "teacher", "views", "student"]),
         (["student", "after"], ["teacher", "views", "student", "after"]),
     ],
@@ -102,7 +117,10 @@ def test_added_stages_stand_before_those_that_follow_them(names: list[str], expe
 def test_a_baseline_may_add_a_stage_that_learns_from_ours() -> None:
     kd = {"method": "kd", "model": "mini_cnn"}
     changes = {
-        "baselines/assistant": {"assistant": {**kd, "teacher": "$teacher"}, "student": {**kd, "teacher": "$assistant"}}
+        "baselines/assistant": {
+            "assistant": {**kd, "teacher": "$teacher"},
+            "student": {**kd, "teacher": "$assistant"},
+        }
     }
     assert problems_of(changes) == []
     assert list(spec_of(changes).chain("assistant", {})) == ["teacher", "assistant", "student"]

@@ -202,7 +202,13 @@ def test_two_objectives_are_averaged_apart() -> None:
 def test_a_repeated_point_runs_once_and_shares_its_answer() -> None:
     world = World([*margins(0.1, 0.1), {"views.margin": 0.1, "student.train.power": 2.0}, *margins(0.2, 0.1)])
     assert len(world.run(slots=1)) == 2
-    assert sorted(world.sampler.told) == [(0, (50.0,)), (1, (50.0,)), (2, (50.0,)), (3, (50.0,)), (4, (50.0,))]
+    assert sorted(world.sampler.told) == [
+        (0, (50.0,)),
+        (1, (50.0,)),
+        (2, (50.0,)),
+        (3, (50.0,)),
+        (4, (50.0,)),
+    ]
     assert len(world.dispatcher.trials) == 2
 
 

@@ -56,7 +56,9 @@ def test_yaml_mistakes_name_the_line(tmp_path: Path) -> None:
         read_document(write(tmp_path, "name: a\ndata: {}\nname: b\n"))
 
 
-@pytest.mark.parametrize(("name", "expected"), [("absent.yaml", "no such experiment file"), (".", "cannot be read")])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("absent.yaml", "no such experiment file"), (".", "cannot be read")]
+)
 def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, expected: str) -> None:
     with pytest.raises(ConfigurationError, match=expected):
         read_document(tmp_path / name)
@@ -124,7 +126,14 @@ def test_a_fixed_setting_leaves_the_space(override: str, left: list[str]) -> Non
 
 
 def test_all_wrong_overrides_are_told() -> None:
-    wrong = ["margin", "=3", "viws.margin=1", "data.dataset.x=1", "views.margin=[", "views.margin=!!python/name:os.system"]
+    wrong = [
+        "margin",
+        "=3",
+        "viws.margin=1",
+        "data.dataset.x=1",
+        "views.margin=[",
+        "views.margin=!!python/name:os.system",
+    ]
     with pytest.raises(ConfigurationError) as refused:
         apply_overrides(document(), wrong)
     expected = [
@@ -138,7 +147,16 @@ def test_all_wrong_overrides_are_told() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("1e-3", 0.001), ("-2E5", -2e5), ("+1.e3", 1000.0), ("1.5e-3", 0.0015), ("1e", "1e"), ("e3", "e3"), ("1e3x", "1e3x"), ("'1e3'", "1e3")],
+    [
+        ("1e-3", 0.001),
+        ("-2E5", -2e5),
+        ("+1.e3", 1000.0),
+        ("1.5e-3", 0.0015),
+        ("1e", "1e"),
+        ("e3", "e3"),
+        ("1e3x", "1e3x"),
+        ("'1e3'", "1e3"),
+    ],
 )
 def test_exponents_are_numbers(tmp_path: Path, text: str, expected: object) -> None:
     read = read_document(write(tmp_path, f"a: {{grid: [{text}]}}"))

@@ -56,15 +56,27 @@ def test_equal_work_has_equal_keys(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("stage", "inactive", "changes"),
     [
-        ("views", {"feature_inter_weight": 0, "logit_inter_weight": 0}, {"margin": 0.4, "contrast_temperature": 1}),
+        (
+            "views",
+            {"feature_inter_weight": 0, "logit_inter_weight": 0},
+            {"margin": 0.4, "contrast_temperature": 1},
+        ),
         ("views", {"constraint": "hinge"}, {"contrast_temperature": 1, "extra_branch_division": False}),
         ("views", {"num_branches": 1}, {"logit_intra_weight": 4.0, "dropout_high": 0.9}),
         ("views", {"preset": "released"}, {"dropout_low": 0.0, "init": "stacked_qr"}),
         ("student", {"kd_weight": 0}, {"view_weight": 0.3}),
         ("student", {"heads": "frozen"}, {"detach_target": False}),
-        ("student", {"train": {"schedule": "cosine"}}, {"train": {"schedule": "cosine", "milestones": [0.1], "decay": 0.5}}),
+        (
+            "student",
+            {"train": {"schedule": "cosine"}},
+            {"train": {"schedule": "cosine", "milestones": [0.1], "decay": 0.5}},
+        ),
         ("student", {"train": {"optimizer": "adamw"}}, {"train": {"optimizer": "adamw", "momentum": 0.1}}),
-        ("student", {"train": {"epochs": 0}}, {"train": {"epochs": 0, "learning_rate": 1.0, "batch_size": 8}}),
+        (
+            "student",
+            {"train": {"epochs": 0}},
+            {"train": {"epochs": 0, "learning_rate": 1.0, "batch_size": 8}},
+        ),
     ],
 )
 def test_a_setting_without_effect_is_not_in_the_key(
@@ -106,7 +118,8 @@ def test_the_seed_of_a_trial_reaches_only_the_last_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"fingerprint": "f1"}, {"validation": 0.1}, {"split_seed": 1}, {"augment": {"pad": 0, "flip": True}}]
+    "change",
+    [{"fingerprint": "f1"}, {"validation": 0.1}, {"split_seed": 1}, {"augment": {"pad": 0, "flip": True}}],
 )
 def test_data_is_in_every_key(change: dict[str, Any]) -> None:
     facts = replace(FACTS, data={**FACTS.data, **change})
@@ -138,8 +151,6 @@ def test_an_endless_setting_has_a_key() -> None:
     assert content_key({"a": float("inf")}) != content_key({"a": float("-inf")})
 
 
-
-
 def test_the_place_of_the_data_is_not_in_the_key_but_its_content_is(tmp_path: Path) -> None:
     from PIL import Image
 
@@ -162,7 +173,12 @@ def test_the_place_of_the_data_is_not_in_the_key_but_its_content_is(tmp_path: Pa
 def test_data_settings_reach_the_facts() -> None:
     before = gather_facts(spec_of()).data
     assert gather_facts(spec_of({"data/augment": {"pad": 1}})).data == before  # the data set's own, spelt out
-    for change in ({"data/split_seed": 1}, {"data/validation": 0.3}, {"data/augment": {"pad": 2}}, {"data/test_fraction": 0.3}):
+    for change in (
+        {"data/split_seed": 1},
+        {"data/validation": 0.3},
+        {"data/augment": {"pad": 2}},
+        {"data/test_fraction": 0.3},
+    ):
         assert gather_facts(spec_of(change)).data != before
 
 

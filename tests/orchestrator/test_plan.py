@@ -120,7 +120,10 @@ def test_cost_with_and_without_sharing(stored: tuple[str, ...], expected: float,
     plan = plan_of(stored=keys_of(plan_of(), *stored), costs=SECONDS, slots=2)
     assert plan.seconds(plan.missing.values()) == expected
     text = str(plan)
-    assert f"Expected cost: {duration(expected)} of training, about {duration(expected / 2)} with 2 trials at a time." in text
+    assert (
+        f"Expected cost: {duration(expected)} of training, about {duration(expected / 2)} with 2 trials at a time."
+        in text
+    )
     assert line in text
     assert ("Without sharing" in text) == bool(line)
 
@@ -174,7 +177,9 @@ def test_a_combination_that_is_impossible_only_at_a_point_is_told_with_the_point
     with pytest.raises(ConfigurationError) as refused:
         plan_of({"search/space": space, "search/seeds": 3})
     (problem,) = refused.value.problems
-    assert problem.startswith("point {'views.dropout_low': 0.3, 'views.dropout_high': 0.2}: stages.views: dropout must")
+    assert problem.startswith(
+        "point {'views.dropout_low': 0.3, 'views.dropout_high': 0.2}: stages.views: dropout must"
+    )
 
 
 def test_every_impossible_point_is_told() -> None:
@@ -186,10 +191,17 @@ def test_every_impossible_point_is_told() -> None:
 
 def test_values_without_effect_are_not_shown() -> None:
     planner = planner_of()
-    values = {"views.margin": 0.1, "student.train.power": 3.0, "student.model.name": "resnet8", "student.seed": "trial"}
+    values = {
+        "views.margin": 0.1,
+        "student.train.power": 3.0,
+        "student.model.name": "resnet8",
+        "student.seed": "trial",
+    }
     trial = planner.trial(Point(values), 0)
     assert set(trial.values) == {"views.margin", "student.model.name", "student.seed"}
-    swapped = planner.trial(Point({"student.method": "kd", "student.teacher": "$teacher", "views.margin": 0.1}), 0)
+    swapped = planner.trial(
+        Point({"student.method": "kd", "student.teacher": "$teacher", "views.margin": 0.1}), 0
+    )
     assert set(swapped.values) == {"student.method", "student.teacher"}
 
 

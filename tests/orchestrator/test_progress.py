@@ -7,7 +7,16 @@ import io
 import pytest
 from rich.console import Console
 
-from orchestrator.progress import Display, LiveDisplay, RunningStage, StageCount, Status, make_display, render, summary_line  # fmt: skip
+from orchestrator.progress import (
+    Display,
+    LiveDisplay,
+    RunningStage,
+    StageCount,
+    Status,
+    make_display,
+    render,
+    summary_line,
+)
 
 STATUS = Status(
     name="angular-digits",
@@ -81,18 +90,33 @@ def test_the_bar(epoch: int, filled: int) -> None:
     assert written(screen).count("━") == filled
 
 
-def test_plain_lines_come_now_and_then_and_only_when_something_changed() -> None:
+def test_plain_lines_come_now_and_then() -> None:
     now = 0.0
     screen = console()
     with Display(screen, clock=lambda: now) as display:
         display.show(EMPTY)
+        now = 9.0
         display.show(STATUS)  # too soon
-        now = 11.0
-        display.show(EMPTY)  # nothing new
+        now = 10.0
         display.show(STATUS)
         display.event("failed   abc: [bold]markup stays as it is[/bold]")
     lines = written(screen).splitlines()
-    assert lines == [summary_line(EMPTY), summary_line(STATUS), "failed   abc: [bold]markup stays as it is[/bold]"]
+    assert lines == [
+        summary_line(EMPTY),
+        summary_line(STATUS),
+        "failed   abc: [bold]markup stays as it is[/bold]",
+    ]
+
+
+def test_a_long_run_writes_fewer_lines() -> None:
+    now = 0.0
+    screen = console()
+    long = Status(name="x", trials=1, trials_ended=0, trials_failed=0, elapsed_seconds=3600.0)
+    display = Display(screen, clock=lambda: now)
+    for minute in range(7):
+        now = 60.0 * minute
+        display.show(long)
+    assert len(written(screen).splitlines()) == 3
 
 
 def test_a_live_display_redraws_and_lets_events_scroll() -> None:

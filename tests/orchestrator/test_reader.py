@@ -23,7 +23,7 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("train setting", {"stages/student/train": {"epoch": 1}}, ["stages.student.train.epoch: 'epoch' is not a setting of TrainSettings; did you mean 'epochs'?"]),
     ("train type", {"stages/student/train": 3}, ["stages.student.train: expected a mapping, got 3"]),
     ("train value", {"stages/student/train": {"epochs": -1}}, ["stages.student.train.epochs: epochs must be at least 0, got -1"]),
-    ("train objective", {"baselines": {}, "stages/student/train": {"keep": "best", "objective": "tpo1"}}, ["stages.student.train.objective: angular_kd reports no 'tpo1'; did you mean 'top1'?"]),
+    ("train objective", {"baselines": {}, "stages/student/train": {"keep": "best", "objective": "tpo1"}}, ["stages.student.train.objective: AngularDistillation reports no 'tpo1'; did you mean 'top1'?"]),
     ("branches", {"stages/views/num_branches": -1}, ["stages.views.num_branches: num_branches must be at least 1, got -1"]),
     ("margin", {"stages/views/margin": 1.5}, ["stages.views.margin: margin must lie between 0 and 1 (1 - cosine), got 1.5"]),
     ("wrong type", {"stages/views/num_branches": "many"}, ["stages.views.num_branches: expected int, got 'many'"]),
@@ -109,7 +109,9 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "expected"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    ("changes", "expected"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
 def test_a_mistake_is_named_with_path_value_and_nearest(changes: dict[str, Any], expected: list[str]) -> None:
     problems = problems_of(changes)
     assert len(problems) == len(expected), problems
@@ -125,7 +127,10 @@ def test_views_before_they_exist() -> None:
     stages = document()["stages"]
     reordered = {name: stages[name] for name in ("teacher", "student", "views")}
     (problem,) = problems_of({"stages": reordered})
-    assert problem == "stages.student.teacher: $views does not exist yet: stage 'views' stands below 'student'; move it above"
+    assert (
+        problem
+        == "stages.student.teacher: $views does not exist yet: stage 'views' stands below 'student'; move it above"
+    )
 
 
 def test_a_cycle_of_two() -> None:
@@ -147,7 +152,14 @@ def test_every_mistake_is_told_in_one_go() -> None:
         "search/space": {"views.margin": {"grid": []}},
     }  # fmt: skip
     paths = [problem.partition(":")[0] for problem in problems_of(changes)]
-    assert paths[:6] == ["serach", "name", "data.validaton", "search.space.views.margin", "search.seeds", "run.workers"]
+    assert paths[:6] == [
+        "serach",
+        "name",
+        "data.validaton",
+        "search.space.views.margin",
+        "search.seeds",
+        "run.workers",
+    ]
 
 
 def test_mistakes_of_stages_and_baselines_come_together() -> None:
@@ -193,3 +205,18 @@ def test_the_error_carries_each_problem() -> None:
     error = ConfigurationError("a: b", "c: d")
     assert str(error) == "a: b\nc: d"
     assert pickle.loads(pickle.dumps(error)).problems == ("a: b", "c: d")
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    import numpy as np
+
+    from orchestrator.api import Experiment
+    from orchestrator.document import dump_document
+    from orchestrator.space import grid
+
+    sections = document({"search/space": {"views.margin": grid(np.linspace(0.1, 0.3, 3)), "views.num_branches": grid(np.arange(1, 3))}})  # fmt: skip
+    sections["stages"]["views"]["margin"] = np.float32(0.25)
+    experiment = Experiment(**sections)
+    assert experiment.document["search"]["space"]["views.num_branches"] == {"grid": [1, 2]}
+    assert experiment.document["stages"]["views"]["margin"] == 0.25
+    assert "numpy" not in dump_document(experiment.document)

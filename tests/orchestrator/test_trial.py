@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,9 @@ Before = Callable[[PlannedStage, int], None]
 class Bench:
     """A store, a runner, and a pretended training that notes what it made; ``before`` may raise instead."""
 
-    def __init__(self, store: Store, before: Before = lambda stage, attempt: None, run_id: str = "run") -> None:
+    def __init__(
+        self, store: Store, before: Before = lambda stage, attempt: None, run_id: str = "run"
+    ) -> None:
         self.store = store
         self.before = before
         self.made: list[str] = []
@@ -140,7 +143,10 @@ def test_reports_know_of_every_failure_and_runs_only_of_divergence(store: Store,
     endings = Endings(store, spec_of().search)
     looked = endings.look_up(trial_of())
     assert looked is not None
-    assert looked.reason == f"{type(error).__name__.removesuffix('Error')}: stage views ({key_of('views')[:8]}): {error}"
+    assert (
+        looked.reason
+        == f"{type(error).__name__.removesuffix('Error')}: stage views ({key_of('views')[:8]}): {error}"
+    )
     assert (endings.recall(trial_of()) is None) == (not isinstance(error, DivergedError))
 
 
@@ -184,7 +190,9 @@ def test_a_bad_artifact_is_set_aside_and_made_again(
     bench.made.clear()
     other = trial_of({"stages/student/kd_weight": 0.5, "stages/views/margin": 0.4} if name == "teacher" else {"stages/student/kd_weight": 0.5})  # fmt: skip
     assert bench.run(other) == DONE
-    assert bench.made == (["views", "teacher", "views", "student"] if name == "teacher" else ["student", "views", "student"])
+    assert bench.made == (
+        ["views", "teacher", "views", "student"] if name == "teacher" else ["student", "views", "student"]
+    )
     assert store.read(key, "weights") == b"0123"
     assert len(list((tmp_path / "store" / "damaged").iterdir())) == 1
     assert "it is built again" in caplog.text
@@ -291,9 +299,12 @@ def test_the_worth_of_a_trial(store: Store) -> None:
     trial = trial_of()
     metrics = {"top1": 42.0, "test_loss": 1.0}
     store.put(trial.key, {}, {"metrics": metrics})
-    loss, other = Objective(name="student.loss", maximize=False), Objective(name="student.other", maximize=True)
+    loss, other = (
+        Objective(name="student.loss", maximize=False),
+        Objective(name="student.other", maximize=True),
+    )
     assert objective_values(store, trial, (TOP1,)) == (42.0,)
     (unmeasured,) = objective_values(store, trial, (loss,))
-    assert unmeasured != unmeasured  # without a validation split there is only the test split
+    assert math.isnan(unmeasured)  # without a validation split there is only the test split
     with pytest.raises(ConfigurationError, match="reported no other; it has test_loss, top1"):
         objective_values(store, trial, (TOP1, other))
