@@ -77,7 +77,7 @@ class Planner:
         anchor = stages if seed == 0 else self._key_stages(chain, 0)
         return Trial(
             point=point,
-            point_id=anchor[-1].key[:8],
+            point_id=anchor[-1].key[:12],
             values=self._active_values(point, chain),
             seed=seed,
             stages=stages,

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -68,33 +69,14 @@ def draw_curves(
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.add_subplot()
     for point in reversed(ranked):
-        epochs, values = curves[point]
-        marker = "o" if len(epochs) == 1 else ""
+        style: dict[str, Any] = {"color": OTHERS, "lw": 1, "zorder": 1}
         if point in coloured:
-            colour = HIGHLIGHTS[coloured.index(point)]
-            axes.plot(
-                epochs,
-                values,
-                marker=marker,
-                ls="-",
-                color=colour,
-                lw=2,
-                zorder=3,
-                label=point_name(groups[point][0], rows),
-            )
+            name = point_name(groups[point][0], rows)
+            style = {"color": HIGHLIGHTS[coloured.index(point)], "lw": 2, "zorder": 3, "label": name}
         elif point in bases:
-            axes.plot(
-                epochs,
-                values,
-                marker=marker,
-                ls="--",
-                color=BASELINE,
-                lw=1.8,
-                zorder=2,
-                label=groups[point][0].label,
-            )
-        else:
-            axes.plot(epochs, values, marker=marker, ls="-", color=OTHERS, lw=1, zorder=1)
+            style = {"color": BASELINE, "ls": "--", "lw": 1.8, "zorder": 2, "label": groups[point][0].label}
+        epochs, values = curves[point]
+        axes.plot(epochs, values, marker="o" if len(epochs) == 1 else "", **style)
     _zoom(axes, list(curves.values()), objective)
     hidden = len(ranked) - len(coloured) - len(bases)
     finish(axes, "epoch", f"{title(objective.name)}, validation", integer_x=True)
@@ -118,25 +100,17 @@ def draw_cost(
     ranked = _ranked(finished, objective)
     bases = [point for point in ranked if baseline in (point, finished[point][0].label)]
     coloured = [point for point in ranked if point not in bases][:NUM_HIGHLIGHTED]
-    drawn = 0
     minutes = max((row.seconds for row in rows), default=0.0) >= 300
+    drawn = 0
     for point in reversed(ranked):
         group = selected(finished[point])
-        values = spread(row.metrics[name] for row in group if name in row.metrics)
-        seconds = spread(row.seconds for row in group if row.seconds > 0)
-        if not values.count or not seconds.count:
-            continue
-        colour, label = OTHERS, ""
+        style: dict[str, Any] = {"color": OTHERS, "zorder": 1}
         if point in coloured:
-            colour, label = HIGHLIGHTS[coloured.index(point)], point_name(group[0], rows)
+            name_of = point_name(group[0], rows)
+            style = {"color": HIGHLIGHTS[coloured.index(point)], "zorder": 3, "label": name_of}
         elif point in bases:
-            colour, label = BASELINE, group[0].label
-        error = values.std if values.count > 1 else None
-        axes.errorbar(
-            seconds.mean / (60 if minutes else 1), values.mean, yerr=error, fmt="o", ms=7, color=colour, elinewidth=1.2,
-            capsize=2.5, label=label, zorder=3 if label else 1,
-        )  # fmt: skip
-        drawn += 1
+            style = {"color": BASELINE, "zorder": 3, "label": group[0].label}
+        drawn += _mark(axes, group, name, 60 if minutes else 1, style)
     if not drawn:
         return None
     axes.set_xlim(left=0)
@@ -153,6 +127,20 @@ def draw_cost(
         marker="o",
     )
     return figure
+
+
+def _mark(
+    axes: Axes, group: Sequence[TrialRow], name: str, unit_seconds: float, style: dict[str, Any]
+) -> bool:
+    """One point with its spread over seeds; False when it has no number or no time."""
+    values = spread(row.metrics[name] for row in group if name in row.metrics)
+    seconds = spread(row.seconds for row in group if row.seconds > 0)
+    if not values.count or not seconds.count:
+        return False
+    error = values.std if values.count > 1 else None
+    common: dict[str, Any] = {"fmt": "o", "ms": 7, "elinewidth": 1.2, "capsize": 2.5}
+    axes.errorbar(seconds.mean / unit_seconds, values.mean, yerr=error, **common, **style)
+    return True
 
 
 def _legend(figure: Figure, axes: Axes, others: str, marker: str = "") -> None:

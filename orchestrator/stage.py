@@ -143,27 +143,12 @@ class StageRunner:
         metrics = {**training.metrics, **{f"test_{name}": value for name, value in test.items()}}
         num_parameters = sum(parameter.numel() for parameter in method.artifact().parameters())
         manifest = {
-            "name": stage.name,
-            "content": dict(stage.content),
-            "settings": to_plain(stage.spec.settings),
-            "model": to_plain(stage.spec.model),
-            "train": to_plain(stage.spec.train),
+            **self._identity(stage),
             "task": to_plain(task),
             "normalisation": {"mean": list(data.mean), "std": list(data.std)},
             "class_names": list(data.class_names),
-            "dataset": self.data.dataset,
-            "seed": stage.seed,
-            "inputs": dict(stage.inputs),
-            "signature": stage.signature,
             "metrics": {**metrics, "num_parameters": float(num_parameters), "seconds": training.seconds},
-            "epochs": stage.epochs,
-            "cost": {
-                "seconds": training.seconds,
-                "cpu_seconds": training.cpu_seconds,
-                "gpu_seconds": training.seconds * self.run.gpus_per_worker * self.workers.size,
-                "peak_memory_bytes": training.peak_memory_bytes,
-                "resumed_epochs": training.resumed_epochs,
-            },
+            "cost": self._cost(training),
             "placement": {
                 "host": socket.gethostname(),
                 "device": device_name(device),
@@ -173,14 +158,37 @@ class StageRunner:
             "versions": versions(),
             "finished": time.time(),
         }
+        weights = {name: tensor.contiguous() for name, tensor in training.weights.items()}
         files = {
-            "weights.safetensors": save_tensors(
-                {name: tensor.contiguous() for name, tensor in training.weights.items()}
-            ),
+            "weights.safetensors": save_tensors(weights),
             "history.json": json.dumps(training.history).encode(),
         }
         self.store.put(stage.key, files, manifest)
         self.store.checkpoints(stage.key).delete()
+
+    def _identity(self, stage: PlannedStage) -> dict[str, Any]:
+        """What the stage is, complete enough to rebuild what it emits."""
+        return {
+            "name": stage.name,
+            "content": dict(stage.content),
+            "settings": to_plain(stage.spec.settings),
+            "model": to_plain(stage.spec.model),
+            "train": to_plain(stage.spec.train),
+            "dataset": self.data.dataset,
+            "seed": stage.seed,
+            "inputs": dict(stage.inputs),
+            "signature": stage.signature,
+            "epochs": stage.epochs,
+        }
+
+    def _cost(self, training: Training) -> dict[str, float]:
+        return {
+            "seconds": training.seconds,
+            "cpu_seconds": training.cpu_seconds,
+            "gpu_seconds": training.seconds * self.run.gpus_per_worker * self.workers.size,
+            "peak_memory_bytes": training.peak_memory_bytes,
+            "resumed_epochs": training.resumed_epochs,
+        }
 
 
 def pick_device(gpus_per_worker: float) -> torch.device:

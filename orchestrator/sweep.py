@@ -13,7 +13,7 @@ from pathlib import Path
 
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.ending import Endings
-from orchestrator.errors import ConfigurationError
+from orchestrator.errors import ConfigurationError, StorageError
 from orchestrator.facts import gather_facts
 from orchestrator.journal import EndStatus, Journal
 from orchestrator.keys import Facts
@@ -93,7 +93,7 @@ class Sweep:
         self.store.check_writable()
         self.plan()  # finds every mistake in every point before anything starts
         endings = Endings(self.store, self.spec.search)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         mirror = Mirror(self.folder / "journal.jsonl", self.tracking_uri, self.spec.name)
         trouble = mirror.check()
         journal = Journal(self.folder / "journal.jsonl")
@@ -117,6 +117,14 @@ class Sweep:
             self._log_end(result, log)
             self._close(mirror, journal, display)
         return result
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"{self.folder}: the folder for journal and reports cannot be made: {error.strerror}"
+            ) from error
 
     def _drive(
         self, endings: Endings, log: SweepLog, display: Display, run_id: str

@@ -24,7 +24,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     (left by DDP) and ``network.`` (left by our own artifacts) are dropped when every name has them. Raises
     ValueError for a file that is absent, damaged, of another kind, or readable only by running code.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(
             f"checkpoint {path} is not a file: check the path on the machine that runs the stage"

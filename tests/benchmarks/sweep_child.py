@@ -46,7 +46,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("system", choices=runs)
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--trial-seconds", type=float, default=1.0)
-    parser.add_argument("--fresh-actors", action="store_true", help="plain only: Tune's default, reuse_actors=False")
+    parser.add_argument(
+        "--fresh-actors", action="store_true", help="plain only: Tune's default, reuse_actors=False"
+    )
     options = parser.parse_args()
     options.run = runs[options.system]
     return options

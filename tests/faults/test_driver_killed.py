@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
+from functools import partial
 from pathlib import Path
-from subprocess import TimeoutExpired
 
 import pandas as pd
 import pytest
@@ -24,6 +25,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     assert finish(start(write_experiment(folder, folder / "runs"))) == 0, (folder / "output.txt").read_text()
     return folder / "runs"
+
+
+def ended_or_reached(process: subprocess.Popen[bytes], storage: Path, target: int) -> bool:
+    return process.poll() is not None or len(list(Store(str(storage)).keys())) >= target
 
 
 def table(storage: Path) -> pd.DataFrame:
@@ -46,12 +51,9 @@ def test_killed_three_times_gives_the_same_table(undisturbed: Path, tmp_path: Pa
     for target in sorted(generator.sample(range(1, NUM_STAGES - 1), 3)):
         process = start(experiment)
         moment = generator.uniform(0.0, 0.6)
-        wait_until(
-            lambda target=target: process.poll() is not None or len(list(Store(str(storage)).keys())) >= target,
-            120, f"{target} finished stages",
-        )  # fmt: skip
+        wait_until(partial(ended_or_reached, process, storage, target), 240, f"{target} finished stages")
         assert process.poll() is None, (tmp_path / "output.txt").read_text()
-        with pytest.raises(TimeoutExpired):
+        with pytest.raises(subprocess.TimeoutExpired):
             process.wait(moment)
         orphans |= kill(process)
         assert orphans, "the driver had no Ray below it"
@@ -62,10 +64,14 @@ def test_killed_three_times_gives_the_same_table(undisturbed: Path, tmp_path: Pa
     final = contents(storage)
     assert finished.items() <= final.items()
     expected = contents(undisturbed)
-    assert {key: weights for key, (weights, _) in final.items()} == {key: weights for key, (weights, _) in expected.items()}
+    assert {key: weights for key, (weights, _) in final.items()} == {
+        key: weights for key, (weights, _) in expected.items()
+    }
     pd.testing.assert_frame_equal(table(storage), table(undisturbed))
     wait_until(lambda: not any(map(alive, orphans)), 120, "what ran below the killed drivers to end")
-    assert not (storage / "work").exists() or not any(path.is_file() for path in (storage / "work").rglob("*"))
+    assert not (storage / "work").exists() or not any(
+        path.is_file() for path in (storage / "work").rglob("*")
+    )
 
 
 def test_interrupted_once_ends_cleanly_and_goes_on(undisturbed: Path, tmp_path: Path) -> None:

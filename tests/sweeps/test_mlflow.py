@@ -39,7 +39,11 @@ def read_runs(uri: str) -> tuple[MlflowClient, dict[str, list[Any]]]:
 
 def check_runs(uri: str) -> None:
     client, runs = read_runs(uri)
-    assert {kind: len(found) for kind, found in runs.items()} == {"sweep": 1, "trial": NUM_TRIALS, "stage": NUM_STAGES}
+    assert {kind: len(found) for kind, found in runs.items()} == {
+        "sweep": 1,
+        "trial": NUM_TRIALS,
+        "stage": NUM_STAGES,
+    }
     assert {run.info.status for found in runs.values() for run in found} == {"FINISHED"}
     sweep = runs["sweep"][0].info.run_id
     trials = {run.info.run_id: run for run in runs["trial"]}
@@ -58,7 +62,9 @@ def check_runs(uri: str) -> None:
         assert [point.step for point in history] == [1, 2]
         assert "student.final_test_top1" in run.data.metrics
     point = next(run for run in trials.values() if run.data.params["label"] == "point")
-    assert {"seed", "views.num_branches", "views.margin", "student.model", "student.train.epochs"} <= set(point.data.params)
+    assert {"seed", "views.num_branches", "views.margin", "student.model", "student.train.epochs"} <= set(
+        point.data.params
+    )
 
 
 def test_nesting_metrics_and_model(experiment, tmp_path) -> None:
