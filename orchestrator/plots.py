@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,7 @@ def draw_cost(
     finished = {
         point: group for point, group in _points(rows).items() if any(row.status == "done" for row in group)
     }
-    name = on_test(objective.name)
-    split = "test"
-    if not any(name in row.metrics for group in finished.values() for row in group):
-        name, split = objective.name, "validation"
+    name, split = _measured(finished, objective)
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.add_subplot()
     ranked = _ranked(finished, objective)
@@ -127,6 +124,14 @@ def draw_cost(
         marker="o",
     )
     return figure
+
+
+def _measured(finished: Mapping[str, Sequence[TrialRow]], objective: Objective) -> tuple[str, str]:
+    """The metric to show and its split: test where any point has it."""
+    name = on_test(objective.name)
+    if any(name in row.metrics for group in finished.values() for row in group):
+        return name, "test"
+    return objective.name, "validation"
 
 
 def _mark(

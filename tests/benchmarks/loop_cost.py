@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from methods import BUILTIN, ModelSettings
-from methods.data.augment import Augment, Normalise, apply_draws, draw
-from methods.data.base import ImageData, Images, channel_statistics
+from methods.data.augment import Normalise, apply_draws, draw
+from methods.data.base import Augment, ImageData, Images, channel_statistics
 from methods.data.randomness import hashes
 from methods.data.stream import Stream
 from methods.supervised import Supervised, SupervisedSettings
@@ -37,7 +38,7 @@ class LoopCase:
     image_size: int
     epochs: int
     batch_size: int = 64
-    augment: Augment = Augment(pad=1)
+    augment: Augment
 
 
 CASES = (
@@ -45,8 +46,8 @@ CASES = (
         model="resnet8", num_training=2560, num_validation=640, channels=3, image_size=32, epochs=1,
         augment=Augment(pad=4, flip=True),
     ),
-    LoopCase(model="mini_cnn", num_training=1088, num_validation=256, channels=1, image_size=8, epochs=40),
-    LoopCase(model="tiny_mlp", num_training=1088, num_validation=256, channels=1, image_size=8, epochs=40),
+    LoopCase(model="mini_cnn", num_training=1088, num_validation=256, channels=1, image_size=8, epochs=40, augment=Augment(pad=1)),
+    LoopCase(model="tiny_mlp", num_training=1088, num_validation=256, channels=1, image_size=8, epochs=40, augment=Augment(pad=1)),
 )  # fmt: skip
 """A small network on CIFAR-sized images, and two of digits, where a step takes about a millisecond or less."""
 
@@ -117,7 +118,7 @@ def make_method(case: LoopCase, network: nn.Module | None = None) -> Supervised:
 
 def train_ours(case: LoopCase, data: ImageData, settings: TrainSettings, network: nn.Module) -> None:
     """The product's loop, stream and method. ``network`` gives (logits, pooled)."""
-    fixed = {"mean": data.mean, "std": data.std, "device": CPU}
+    fixed: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": CPU}
     train(
         make_method(case, network),
         settings=settings,
@@ -136,7 +137,7 @@ def train_ours(case: LoopCase, data: ImageData, settings: TrainSettings, network
 
 def train_bare(case: LoopCase, data: ImageData, settings: TrainSettings, network: nn.Module) -> None:
     """A textbook loop without guard, taps, history or checkpoints; order and augmentation are those of ours."""
-    model, normalise = network.network, Normalise(data.mean, data.std, CPU)
+    model, normalise = network.get_submodule("network"), Normalise(data.mean, data.std, CPU)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=settings.learning_rate, momentum=settings.momentum,
         weight_decay=settings.weight_decay, fused=True,
@@ -148,11 +149,11 @@ def train_bare(case: LoopCase, data: ImageData, settings: TrainSettings, network
         draws = draw(case.augment, seed=0, epoch=epoch, ids=order, device=CPU)
         for start in range(0, len(order), case.batch_size):
             part = slice(start, start + case.batch_size)
-            images = apply_draws(torch.from_numpy(data.train.pixels[order[part]]), draws.select(part))
+            images = apply_draws(torch.from_numpy(data.train.gather(order[part])), draws.select(part))
             labels = torch.from_numpy(data.train.labels[order[part]])
             loss = F.cross_entropy(model(normalise(images)), labels)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         evaluate_bare(model, data.test, normalise)
 
@@ -162,10 +163,11 @@ def evaluate_bare(model: nn.Module, images: Images, normalise: Normalise) -> tup
     """Accuracy in percent and mean loss."""
     model.eval()
     num_correct = total = 0.0
+    ids = np.arange(len(images))
     for start in range(0, len(images), EVALUATION_BATCH_SIZE):
         part = slice(start, start + EVALUATION_BATCH_SIZE)
         labels = torch.from_numpy(images.labels[part])
-        logits = model(normalise(torch.from_numpy(images.pixels[part])))
+        logits = model(normalise(torch.from_numpy(images.gather(ids[part]))))
         num_correct += (logits.argmax(1) == labels).sum().item()
         total += F.cross_entropy(logits, labels, reduction="sum").item()
     return 100 * num_correct / len(images), total / len(images)

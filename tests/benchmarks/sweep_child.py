@@ -1,7 +1,8 @@
 """One sweep of sleeping trials in a process of its own, timed; prints one JSON line. Started by ``sweep_cost``.
 
-``ours`` is the whole product: plan, store, leases, journal, MLflow, report. ``plain`` is a function trainable that
-sleeps as long and reports as often, ``plain-torch`` the same with ``import torch`` before it, as any training has it.
+``ours`` is the whole product: plan, store, leases, journal, MLflow, report. ``sleep`` is plain Ray Tune with a function
+that sleeps as long and reports its epochs as often; ``train`` is the same with one bare PyTorch step per epoch of the
+same small network, as our trials have it.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ def main() -> None:
     options = parse_options()
     times: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
-        body_seconds = options.run(options, Path(folder), times)
+        run = run_ours if options.system == "ours" else run_plain
+        body_seconds = run(options, Path(folder), times)
     gc.collect()
     outcome = {
         "seconds": time.perf_counter() - STARTED,
-        "ray_start_seconds": times["ray_started"] - times["ray_starts"],
-        "until_ray_seconds": times["ray_starts"] - STARTED,
-        "sweep_seconds": times["sweep_ended"] - times["ray_started"],
+        "import_seconds": times["ray_starts"] - STARTED,
+        "ray_seconds": times["ray_started"] - times["ray_starts"],
         "body_seconds": body_seconds,
+        "cpu_seconds": time.process_time(),
         "resident_bytes": resident_bytes(),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -41,21 +43,18 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    runs = {"ours": run_ours, "plain": run_plain, "plain-torch": run_plain}
-    parser.add_argument("system", choices=runs)
+    parser = argparse.ArgumentParser(description="one timed sweep of sleeping trials")
+    parser.add_argument("system", choices=["ours", "sleep", "train"])
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--trial-seconds", type=float, default=1.0)
     parser.add_argument(
-        "--fresh-actors", action="store_true", help="plain only: Tune's default, reuse_actors=False"
+        "--fresh-actors", action="store_true", help="plain Tune's default: reuse_actors=False"
     )
-    options = parser.parse_args()
-    options.run = runs[options.system]
-    return options
+    return parser.parse_args()
 
 
 def run_ours(options: argparse.Namespace, folder: Path, times: dict[str, float]) -> float:
-    """Sum of what the stages' manifests say that training took, in seconds."""
+    """Sum of the training times in the stages' manifests, in seconds."""
     from sleeping import Noise, Sleeping
 
     from orchestrator import Experiment
@@ -84,40 +83,62 @@ def run_ours(options: argparse.Namespace, folder: Path, times: dict[str, float])
     connect()
     times["ray_started"] = time.perf_counter()
     result = experiment.run(quiet=True)
-    times["sweep_ended"] = time.perf_counter()
     if [row.status for row in result.rows] != ["done"] * options.trials:
         raise RuntimeError(f"not every trial is done: {[(row.status, row.reason) for row in result.rows]}")
     return sum(row.seconds for row in result.rows)
 
 
 def run_plain(options: argparse.Namespace, folder: Path, times: dict[str, float]) -> float:
-    """Seconds that the trials slept."""
+    """Seconds that the trials of plain Ray Tune slept."""
     import ray
     from ray import tune
-
-    step_seconds, with_torch = options.trial_seconds / NUM_EPOCHS, options.system == "plain-torch"
-
-    def sleep(config: dict[str, Any]) -> None:
-        if with_torch:
-            import torch  # noqa: F401
-        for epoch in range(NUM_EPOCHS):
-            time.sleep(step_seconds)
-            tune.report({"top1": 50.0, "epoch": epoch + 1})
 
     times["ray_starts"] = time.perf_counter()
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     times["ray_started"] = time.perf_counter()
+    function = train_bare if options.system == "train" else sleep_only
     tuner = tune.Tuner(
-        tune.with_resources(sleep, {"CPU": 1}),
-        param_space={"number": tune.grid_search(list(range(options.trials)))},
+        tune.with_resources(function, {"CPU": 1}),
+        param_space={
+            "number": tune.grid_search(list(range(options.trials))),
+            "step_seconds": options.trial_seconds / NUM_EPOCHS,
+        },
         tune_config=tune.TuneConfig(max_concurrent_trials=NUM_SLOTS, reuse_actors=not options.fresh_actors),
         run_config=tune.RunConfig(storage_path=str(folder), verbose=0),
     )
     results = tuner.fit()
-    times["sweep_ended"] = time.perf_counter()
     if len(results) != options.trials or results.num_errors:
         raise RuntimeError(f"{len(results)} trials ended, {results.num_errors} of them with an error")
-    return options.trials * options.trial_seconds
+    return float(options.trials * options.trial_seconds)
+
+
+def sleep_only(config: dict[str, Any]) -> None:
+    """A trial that does nothing at all."""
+    from ray import tune
+
+    for epoch in range(NUM_EPOCHS):
+        time.sleep(config["step_seconds"])
+        tune.report({"top1": 50.0, "epoch": epoch + 1})
+
+
+def train_bare(config: dict[str, Any]) -> None:
+    """A trial that sleeps and takes one optimizer step per epoch, written as one would without us."""
+    import torch
+    from ray import tune
+    from torch import nn
+
+    images, labels = torch.rand(64, 64), torch.arange(64) % 2
+    model = nn.Sequential(nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for epoch in range(NUM_EPOCHS):
+        time.sleep(config["step_seconds"])
+        loss = nn.functional.cross_entropy(model(images[:48]), labels[:48])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        with torch.no_grad():
+            top1 = 100 * (model(images[48:]).argmax(1) == labels[48:]).float().mean().item()
+        tune.report({"top1": top1, "epoch": epoch + 1})
 
 
 def resident_bytes() -> int:
