@@ -109,6 +109,12 @@ class Experiment:
             raise ConfigurationError(
                 "submit: an experiment with methods, models or data sets of your own cannot travel as YAML; submit your own script with `ray job submit`, which calls Experiment(...).run()"
             )
+        storage = self._sweep.spec.run.storage
+        if "://" not in storage and not Path(storage).is_absolute():
+            raise ConfigurationError(
+                f"run.storage: {storage!r} is relative to a folder that the cluster does not have; "
+                "give an absolute path or a URL that every node reaches"
+            )
         return submit_job(address, self.name, dump_document(self.document), follow=follow)
 
 

@@ -114,7 +114,8 @@ class _Objective(nn.Module):
         total = step.total
         values = {name: loss.value for name, loss in step.losses.items()} | dict(step.metrics)
         values["loss"] = total
-        self.names = list(values)
+        if (names := list(values)) != self.names:  # a module takes its time to set an attribute
+            self.names = names
         return total, torch.stack([value.detach() for value in values.values()])
 
 

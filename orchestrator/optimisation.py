@@ -235,7 +235,8 @@ class Updater:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
         self._update(finite)
         self._count(finite)
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:  # what zero_grad does, without what torch.compile needs around it
+            parameter.grad = None
 
     def has_diverged(self) -> bool:
         """Whether broken steps have come ``patience`` times in a row. Waits for the device."""
@@ -256,7 +257,7 @@ class Updater:
         if self.is_deferred:
             return self.workers.all_true(torch.isfinite(torch.stack(scalars)).all())
         finite = all(math.isfinite(scalar.item()) for scalar in scalars)
-        return bool(self.workers.all_true(torch.tensor(finite)))
+        return finite if self.workers.size == 1 else bool(self.workers.all_true(torch.tensor(finite)))
 
     def _update(self, finite: Tensor | bool) -> None:
         if self.scaler.is_enabled():
