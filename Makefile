@@ -1,4 +1,4 @@
-# Everything sets itself up: a virtual environment in .venv, the dependencies, and for tests Debian packages when root.
+# Everything sets itself up: a virtual environment in .venv and the dependencies.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -112,7 +112,7 @@ class LocalFiles(Files):
         try:
             file = open(temporary, "xb")  # noqa: SIM115 -- opened again below when the folder was missing
         except FileNotFoundError:
-            _make_folder(folder)
+            _make_folder(folder, durable)
             file = open(temporary, "xb")  # noqa: SIM115
         try:
             with file:
@@ -148,19 +148,20 @@ def _link_exclusively(temporary: str, full: str, data: bytes) -> bool:
     return True
 
 
-def _make_folder(folder: str) -> None:
-    """Create a folder and make its name, and those of new parents, survive a power cut."""
+def _make_folder(folder: str, durable: bool = True) -> None:
+    """Create a folder. ``durable``: its name, and those of new parents, survive a power cut."""
     if os.path.isdir(folder):
         return
     parent = os.path.dirname(folder)
     if parent != folder:
-        _make_folder(parent)
+        _make_folder(parent, durable)
     try:
         os.mkdir(folder)
     except FileExistsError:
         if not os.path.isdir(folder):
             raise
-    _sync_folder(parent)
+    if durable:
+        _sync_folder(parent)
 
 
 def _sync_folder(folder: str) -> None:

@@ -140,6 +140,6 @@ class Result:
             baseline=self.baseline,
             command=self.command,
             tracking_command=self.tracking_command,
-            plots=plots,
+            plots=[path for path in plots if path.suffix == ".png"],
             folder=folder,
         )

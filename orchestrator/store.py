@@ -179,9 +179,12 @@ class Store:
         """Where the unfinished work on a key is kept."""
         return Checkpoints(self._files, _checked(key), self.clock)
 
-    def write_json(self, path: str, value: Any) -> None:
-        """Write or replace a small document, for example ``failures/<key>.json``, in one step."""
-        self._files.write(_document(path), json.dumps(value, indent=1).encode())
+    def write_json(self, path: str, value: Any, *, durable: bool = True) -> None:
+        """Write or replace a small document, for example ``failures/<key>.json``, in one step.
+
+        Without ``durable`` a power cut may take it back; the disk is not waited for.
+        """
+        self._files.write(_document(path), json.dumps(value, indent=1).encode(), durable=durable)
 
     def read_json(self, path: str) -> Any | None:
         """A document, or None if there is none."""

@@ -152,7 +152,9 @@ class TrialRunner:
             known = self.store.read_json(path) or {"seconds_per_epoch": []}
             per_epoch = seconds / max(1, stage.epochs)
             known["seconds_per_epoch"] = [*known["seconds_per_epoch"], per_epoch][-16:]
-            self.store.write_json(path, known)
+            self.store.write_json(
+                path, known, durable=False
+            )  # an estimate is not worth two waits for the disk
         except StorageError as error:  # an estimate is a courtesy: the stage itself is finished and stored
             logger.warning(
                 "the cost of stage %s (%s) is not remembered: %s", stage.name, stage.key[:8], error

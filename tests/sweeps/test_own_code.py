@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -59,6 +60,12 @@ class Stripes:
 
 
 # README: end own code
+
+
+def test_readme_shows_this_code() -> None:
+    source = Path(__file__).read_text()
+    shown = source.partition("# README: begin own code\n")[2].partition("# README: end own code")[0].strip()
+    assert shown in (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def test_own_method_model_and_data(tmp_path) -> None:
