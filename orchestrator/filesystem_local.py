@@ -149,12 +149,12 @@ def _link_exclusively(temporary: str, full: str, data: bytes) -> bool:
 
 
 def _make_folder(folder: str, durable: bool = True) -> None:
-    """Create a folder. ``durable``: its name, and those of new parents, survive a power cut."""
+    """Create a folder and make the names of new parents and, if ``durable``, its own survive a power cut."""
     if os.path.isdir(folder):
         return
     parent = os.path.dirname(folder)
     if parent != folder:
-        _make_folder(parent, durable)
+        _make_folder(parent)  # others may keep durable files there
     try:
         os.mkdir(folder)
     except FileExistsError:
