@@ -78,7 +78,7 @@ def sweep_section(options: argparse.Namespace) -> Iterator[str]:
     yield f"### Sweep of {options.trials} trials of {options.trial_seconds:g} s, {NUM_SLOTS} at a time (target: at most {SWEEP_TARGET:g} x plain Ray Tune)\n"
     yield f"Trial bodies / slots: {ideal:.1f} s. Fresh process and own Ray each; medians of {num_rounds} round(s) in turns.\n"
     yield from row(
-        "system", "seconds", "imports", "Ray start", "rest over bodies", "ours/this",
+        "system", "seconds", "before Ray", "Ray start", "rest over bodies", "ours/this",
         "ours/this without Ray start", "driver CPU s", "driver peak MB", head=True,
     )  # fmt: skip
     for cost in costs:
@@ -86,9 +86,9 @@ def sweep_section(options: argparse.Namespace) -> Iterator[str]:
         yield from row(
             cost.system.title,
             f"{cost.median('seconds'):.1f}",
-            f"{cost.median('import_seconds'):.1f}",
+            f"{cost.median('before_ray_seconds'):.1f}",
             f"{cost.median('ray_seconds'):.1f}",
-            f"{(cost.median('seconds_without_ray') - cost.median('import_seconds')) / ideal:.2f}"
+            f"{(cost.median('seconds_without_ray') - cost.median('before_ray_seconds')) / ideal:.2f}"
             if ideal
             else "-",
             f"**{sweep_cost.ratio(ours, cost, 'seconds'):.2f}**" if others else "",

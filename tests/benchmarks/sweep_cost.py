@@ -42,9 +42,9 @@ class SweepRun:
     seconds: float
     """From the start of the process to its end: what somebody waits who types the command."""
     ray_seconds: float
-    """Of these, until Ray was there."""
-    import_seconds: float
-    """Of these, imports and reading the experiment."""
+    """Of these, inside ``ray.init``."""
+    before_ray_seconds: float
+    """Of these, imports, and reading and planning the experiment."""
     body_seconds: float
     """Sum over the trials of what they were asked to do."""
     cpu_seconds: float
