@@ -18,7 +18,7 @@ from orchestrator.errors import StorageError
 from orchestrator.store import Store
 
 pytest.importorskip("s3fs", reason="needs the s3 extra")
-pytest.importorskip("moto", reason="needs moto[server]")
+pytest.importorskip("moto", reason="needs moto and flask")
 
 BUCKET = "stillhouse-tests"
 START_SECONDS = 60.0
