@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from methods.base import Method, ModelSettings
+from methods.base import InputStage, Method, ModelSettings
 from methods.catalog import Catalog, UnknownNameError
 from orchestrator.optimisation import TrainSettings
 from orchestrator.settings import Problems, Typed, as_mapping, nearest, parse
@@ -20,7 +20,10 @@ COMMON = ("method", "model", "train", "seed")
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """One stage, typed. ``inputs`` maps a role of the method to the name of an earlier stage."""
+    """One stage, typed. ``inputs`` maps a role of the method to the name of an earlier stage.
+
+    A role that was given a list has one entry for each: ``teacher.0``, ``teacher.1``.
+    """
 
     name: str
     method: str
@@ -29,6 +32,8 @@ class StageSpec:
     train: TrainSettings
     seed: int | Literal["trial"]
     inputs: Mapping[str, str]
+    inactive: frozenset[str] = frozenset()
+    """Settings without effect for these inputs: left out of the key."""
 
 
 Chain = dict[str, StageSpec]
@@ -118,16 +123,55 @@ def _resolve_stage(
     seed = stage.pop("seed", "trial" if name == target else 0)
     if seed != "trial" and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         problems.add(f"{path}.seed", f"expected 'trial' or a whole number from 0, got {seed!r}")
+    references = {role: stage.pop(role, None) for role in method.inputs}
     inputs = {}
-    for role, needs in method.inputs.items():
-        source = _resolve_input(role, stage.pop(role, None), needs, path, stages, earlier, catalog, problems)
+    for role, value in _each_reference(references, method, path, problems):
+        needs = method.inputs[role.partition(".")[0]]
+        source = _resolve_input(role, value, needs, path, stages, earlier, catalog, problems)
         if source is not None:
             inputs[role] = source
     settings = _resolve_settings(stage, method, path, problems)
     if len(problems) > num_problems or train is None:
         return None
+    known = {role: _input_stage(earlier[source], earlier, catalog) for role, source in inputs.items()}
+    for reason in method.refusals(settings, known):
+        problems.add(path, reason)
+    if len(problems) > num_problems:
+        return None
     return StageSpec(
-        name=name, method=method_name, settings=settings, model=model, train=train, seed=seed, inputs=inputs
+        name=name, method=method_name, settings=settings, model=model, train=train, seed=seed, inputs=inputs,
+        inactive=method.inactive_for(settings, known),
+    )  # fmt: skip
+
+
+def _each_reference(
+    references: Mapping[str, Any], method: type[Method], path: str, problems: Problems
+) -> Iterator[tuple[str, Any]]:
+    """Role and reference, lists taken apart. A list of one is the same as what it holds."""
+    for role, value in references.items():
+        if not isinstance(value, list | tuple):
+            yield role, value
+        elif role not in method.allows_many and len(value) != 1:
+            problems.add(
+                f"{path}.{role}", f"{method.__name__} takes one stage here, got a list of {len(value)}"
+            )
+        elif not value or len(set(map(repr, value))) < len(value):
+            problems.add(f"{path}.{role}", f"expected different earlier stages, got {list(value)!r}")
+        elif len(value) == 1:
+            yield role, value[0]
+        else:
+            yield from ((f"{role}.{number}", item) for number, item in enumerate(value))
+
+
+def _input_stage(stage: StageSpec, earlier: Chain, catalog: Catalog) -> InputStage:
+    """What methods are told of a stage that has not run yet."""
+    return InputStage(
+        name=stage.name,
+        method=catalog.method(stage.method),
+        settings=stage.settings,
+        model=stage.model,
+        inputs={role: _input_stage(earlier[name], earlier, catalog) for role, name in stage.inputs.items()},
+        catalog=catalog,
     )
 
 
@@ -147,6 +191,8 @@ def _resolve_train(value: Any, method: type[Method], path: str, problems: Proble
     values = {**method.train_defaults, **as_mapping(value, path, problems)}
     train = parse(TrainSettings, values, path, problems)
     metrics = method.evaluation_metrics
+    if train is not None and train.epochs > 0 and not method.trains:
+        problems.add(f"{path}.epochs", f"{method.__name__} trains nothing; leave train out")
     if train is not None and train.keep == "best" and train.objective not in ("", *metrics):
         hint = nearest(train.objective, metrics)
         problems.add(f"{path}.objective", f"{method.__name__} reports no {train.objective!r}{hint}")
@@ -155,6 +201,8 @@ def _resolve_train(value: Any, method: type[Method], path: str, problems: Proble
 
 def _resolve_settings(stage: dict[str, Any], method: type[Method], path: str, problems: Problems) -> Any:
     own = {item.name for item in fields(method.Settings)}
+    if "preset" in stage and "preset" not in own:
+        stage = {**_resolve_preset(stage.pop("preset"), method, f"{path}.preset", problems), **stage}
     known = own | set(COMMON) | set(method.inputs)
     for name in [name for name in stage if name not in own]:
         problems.add(
@@ -162,6 +210,14 @@ def _resolve_settings(stage: dict[str, Any], method: type[Method], path: str, pr
         )
         stage.pop(name)
     return parse(method.Settings, stage, path, problems)
+
+
+def _resolve_preset(name: Any, method: type[Method], path: str, problems: Problems) -> Mapping[str, Any]:
+    """Settings that lie below those of the stage. Only they, and not the name, are part of the key."""
+    if isinstance(name, str) and name in method.presets:
+        return method.presets[name]
+    problems.add(path, f"{name!r} is not a preset of {method.__name__}{nearest(name, method.presets)}")
+    return {}
 
 
 def _resolve_model(
@@ -236,9 +292,9 @@ def _reaches(stages: Mapping[str, Any], start: str, goal: str) -> bool:
         if name in seen or not isinstance(stages.get(name), Mapping):
             continue
         seen.add(name)
-        todo += [
-            value[1:] for value in stages[name].values() if isinstance(value, str) and value.startswith("$")
-        ]
+        for value in stages[name].values():
+            references = value if isinstance(value, list | tuple) else [value]
+            todo += [item[1:] for item in references if isinstance(item, str) and item.startswith("$")]
     return False
 
 
