@@ -152,7 +152,7 @@ class ContrastiveDistillation(FeatureStudent):
         """Fix Z by the first batch of all workers."""
         if not self._is_normalised and not bool((self.normalisers > 0).all()):
             assert self.negatives is not None
-            both_B2J = torch.stack([student_BJ, teacher_BJ], dim=1).float()
+            both_B2J = torch.stack([student_BJ, teacher_BJ], dim=1)
             means_B2 = (both_B2J / self.settings.contrast_temperature).exp().mean(dim=-1)
             (of_all_B2,) = gathered_rows(means_B2)
             self.normalisers.copy_(len(self.negatives.samples) * of_all_B2.mean(dim=0))
