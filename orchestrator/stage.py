@@ -103,19 +103,20 @@ class StageRunner:
 
     def _build(self, stage: PlannedStage, task: Task, device: torch.device) -> Method:
         spec = stage.spec
+        method_class = self.catalog.method(spec.method)
         inputs = {
             role: load_source(self.store, key, self.catalog).teacher().to(device)
             for role, key in stage.inputs.items()
         }
         for role, teacher in inputs.items():
-            if teacher.num_classes != task.num_classes:
+            if method_class.same_classes and teacher.num_classes != task.num_classes:
                 raise ConfigurationError(
                     f"stages.{stage.name}.{role}: teacher {teacher.key[:8]} has {teacher.num_classes} classes, the data set {task.num_classes}"
                 )
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(stage.seed, "initialise", spec.method))
             model = self.catalog.build_model(spec.model, task) if spec.model else None
-            method = self.catalog.method(spec.method)(spec.settings, task=task, model=model, inputs=inputs)
+            method = method_class(spec.settings, task=task, model=model, inputs=inputs)
         for network in (method, *(teacher.network for teacher in inputs.values())):
             network.to(memory_format=torch.channels_last)  # convolutions run about 1.5 x faster, on CPU too
         return method.to(device)
