@@ -27,6 +27,7 @@ from methods.data.thin import thin
 from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError, DamagedArtifactError, OutOfMemoryError
 from orchestrator.loop import Row, Training, evaluate, train
+from orchestrator.optimisation import TrainSettings
 from orchestrator.plan import PlannedStage
 from orchestrator.settings import Problems, parse, to_plain
 from orchestrator.spec import RunSettings
@@ -147,6 +148,7 @@ class StageRunner:
         test: Mapping[str, float], device: torch.device,
     ) -> None:  # fmt: skip
         metrics = {**training.metrics, **{f"test_{name}": value for name, value in test.items()}}
+        metrics |= best_epoch(training.history, stage.spec.train, method.evaluation_metrics[0])
         num_parameters = sum(parameter.numel() for parameter in method.artifact().parameters())
         manifest = {
             **self._identity(stage),
@@ -195,6 +197,17 @@ class StageRunner:
             "peak_memory_bytes": training.peak_memory_bytes,
             "resumed_epochs": training.resumed_epochs,
         }
+
+
+def best_epoch(history: list[Row], train: TrainSettings, first_metric: str) -> dict[str, float]:
+    """``best_METRIC`` on validation and ``best_epoch``: what other tables report, kept beside the last epoch's."""
+    name = train.objective or first_metric
+    evaluated = [row for row in history if name in row]
+    if not evaluated:
+        return {}
+    sign = 1 if train.objective_mode == "max" else -1
+    best = max(evaluated, key=lambda row: sign * row[name])
+    return {f"best_{name}": best[name], "best_epoch": best["epoch"]}
 
 
 def pick_device(gpus_per_worker: float) -> torch.device:
