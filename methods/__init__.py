@@ -14,6 +14,7 @@ from methods.catalog import Catalog, UnknownNameError
 from methods.data import DATASETS
 from methods.distil.tekap import Tekap
 from methods.kd import KnowledgeDistillation
+from methods.linear_probe import LinearProbe
 from methods.models import MODELS
 from methods.supervised import Supervised
 
@@ -23,6 +24,7 @@ METHODS: Mapping[str, type[Method]] = {
     "angular_views": AngularViews,
     "angular_kd": AngularDistillation,
     "tekap": Tekap,
+    "linear_probe": LinearProbe,
 }
 
 BUILTIN = Catalog(methods=METHODS, models=MODELS, datasets=DATASETS)
