@@ -14,12 +14,18 @@ from methods.catalog import Catalog, UnknownNameError
 from methods.data import DATASETS
 from methods.distil.attention import AttentionTransfer
 from methods.distil.crd import ContrastiveDistillation
+from methods.distil.dist import CorrelationDistillation
+from methods.distil.dkd import DecoupledDistillation
 from methods.distil.fitnet import FitNet
+from methods.distil.lskd import LogitStandardisation
+from methods.distil.mlkd import MultiLevelDistillation
+from methods.distil.pskd import ProgressiveSelfDistillation
 from methods.distil.review import Review
 from methods.distil.rkd import RelationalDistillation
 from methods.distil.similarity import SimilarityPreserving
 from methods.distil.tekap import Tekap
 from methods.kd import KnowledgeDistillation
+from methods.linear_probe import LinearProbe
 from methods.models import MODELS
 from methods.supervised import Supervised
 
@@ -35,6 +41,12 @@ METHODS: Mapping[str, type[Method]] = {
     "review": Review,
     "rkd": RelationalDistillation,
     "similarity": SimilarityPreserving,
+    "dkd": DecoupledDistillation,
+    "mlkd": MultiLevelDistillation,
+    "dist": CorrelationDistillation,
+    "lskd": LogitStandardisation,
+    "pskd": ProgressiveSelfDistillation,
+    "linear_probe": LinearProbe,
 }
 
 BUILTIN = Catalog(methods=METHODS, models=MODELS, datasets=DATASETS)

@@ -208,6 +208,8 @@ class Method(nn.Module, ABC):
     """Whether it wants ``Batch.strong`` in training."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Name -> settings that ``preset: NAME`` lays under those of the stage, such as published weights of a pair."""
+    same_classes: ClassVar[bool] = True
+    """Whether the inputs must tell the same classes apart as the data set."""
     train_defaults: ClassVar[Mapping[str, Any]] = {}
     """Defaults of the training settings where this method differs from the loop's."""
     evaluation_metrics: ClassVar[tuple[str, ...]] = ("top1", "top5", "loss")

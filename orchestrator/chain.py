@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from methods.base import InputStage, Method, ModelSettings
+from methods.base import Method, ModelSettings
 from methods.catalog import Catalog, UnknownNameError
+from orchestrator.data_section import DataSettings, parse_data
 from orchestrator.optimisation import TrainSettings
+from orchestrator.references import each_reference, input_stage
 from orchestrator.settings import Problems, Typed, as_mapping, nearest, parse
 
 __all__ = ["Chain", "StageSpec", "resolve_chain", "with_baseline"]
 
-COMMON = ("method", "model", "train", "seed")
+COMMON = ("method", "model", "train", "seed", "data")
 """Settings that every stage may have besides those of its method."""
 
 
@@ -32,6 +34,8 @@ class StageSpec:
     train: TrainSettings
     seed: int | Literal["trial"]
     inputs: Mapping[str, str]
+    data: DataSettings | None = None
+    """What the stage learns from: the experiment's data, or its own; None where neither can be understood."""
     inactive: frozenset[str] = frozenset()
     """Settings without effect for these inputs: left out of the key."""
 
@@ -45,7 +49,7 @@ def with_baseline(
 ) -> dict[str, dict[str, Any]]:
     """Stages in which those of a baseline take the place of ours.
 
-    A replaced stage inherits ``model``, ``train`` and ``seed`` where it does not name them: the baseline differs
+    A replaced stage inherits ``model``, ``train``, ``seed`` and ``data`` where it does not name them: the baseline differs
     from the experiment in its method and that method's settings, not by accident in its recipe.
     """
     merged = {
@@ -53,7 +57,9 @@ def with_baseline(
     }
     for name in replaced:
         if name in stages:
-            inherited = {key: stages[name][key] for key in ("model", "train", "seed") if key in stages[name]}
+            inherited = {
+                key: stages[name][key] for key in ("model", "train", "seed", "data") if key in stages[name]
+            }
             merged[name] = {**inherited, **replaced[name]}
             merged[name].setdefault("method", stages[name].get("method"))
     return merged
@@ -77,14 +83,18 @@ def resolve_chain(
     target: str,
     catalog: Catalog,
     problems: Problems,
+    data: DataSettings | None = None,
 ) -> Chain:
-    """Type all ``stages`` with ``values`` laid over them; return those that lead to ``target``."""
+    """Type all ``stages`` with ``values`` laid over them; return those that lead to ``target``.
+
+    ``data`` is the experiment's section, which a stage's own may change.
+    """
     raw = {name: copy.deepcopy(dict(stage)) for name, stage in stages.items()}
     for path, value in values.items():
         _lay_over(raw, path, value)
     typed: Chain = {}
     for name, stage in raw.items():
-        spec = _resolve_stage(name, dict(stage), raw, target, typed, catalog, problems)
+        spec = _resolve_stage(name, dict(stage), raw, target, typed, catalog, problems, data)
         if spec is not None:
             typed[name] = spec
     return _ancestors(typed, target) if not problems else typed
@@ -111,6 +121,7 @@ def _resolve_stage(
     earlier: Chain,
     catalog: Catalog,
     problems: Problems,
+    data: DataSettings | None,
 ) -> StageSpec | None:
     path = f"stages.{name}"
     method_name = stage.pop("method", None)
@@ -120,12 +131,12 @@ def _resolve_stage(
     num_problems = len(problems)
     model = _resolve_model(stage.pop("model", None), method, f"{path}.model", catalog, problems)
     train = _resolve_train(stage.pop("train", None), method, f"{path}.train", problems)
-    seed = stage.pop("seed", "trial" if name == target else 0)
-    if seed != "trial" and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        problems.add(f"{path}.seed", f"expected 'trial' or a whole number from 0, got {seed!r}")
+    seed = _resolve_seed(stage.pop("seed", "trial" if name == target else 0), f"{path}.seed", problems)
+    if "data" in stage:
+        data = parse_data(stage.pop("data"), f"{path}.data", catalog, problems, data)
     references = {role: stage.pop(role, None) for role in method.inputs}
     inputs = {}
-    for role, value in _each_reference(references, method, path, problems):
+    for role, value in each_reference(references, method, path, problems):
         needs = method.inputs[role.partition(".")[0]]
         source = _resolve_input(role, value, needs, path, stages, earlier, catalog, problems)
         if source is not None:
@@ -133,46 +144,15 @@ def _resolve_stage(
     settings = _resolve_settings(stage, method, path, problems)
     if len(problems) > num_problems or train is None:
         return None
-    known = {role: _input_stage(earlier[source], earlier, catalog) for role, source in inputs.items()}
+    known = {role: input_stage(earlier[source], earlier, catalog) for role, source in inputs.items()}
     for reason in (*method.refusals(settings, known), *method.pair_refusals(settings, model, known)):
         problems.add(path, reason)
     if len(problems) > num_problems:
         return None
     return StageSpec(
         name=name, method=method_name, settings=settings, model=model, train=train, seed=seed, inputs=inputs,
-        inactive=method.inactive_for(settings, known),
+        inactive=method.inactive_for(settings, known), data=data,
     )  # fmt: skip
-
-
-def _each_reference(
-    references: Mapping[str, Any], method: type[Method], path: str, problems: Problems
-) -> Iterator[tuple[str, Any]]:
-    """Role and reference, lists taken apart. A list of one is the same as what it holds."""
-    for role, value in references.items():
-        if not isinstance(value, list | tuple):
-            yield role, value
-        elif role not in method.allows_many and len(value) != 1:
-            problems.add(
-                f"{path}.{role}", f"{method.__name__} takes one stage here, got a list of {len(value)}"
-            )
-        elif not value or len(set(map(repr, value))) < len(value):
-            problems.add(f"{path}.{role}", f"expected different earlier stages, got {list(value)!r}")
-        elif len(value) == 1:
-            yield role, value[0]
-        else:
-            yield from ((f"{role}.{number}", item) for number, item in enumerate(value))
-
-
-def _input_stage(stage: StageSpec, earlier: Chain, catalog: Catalog) -> InputStage:
-    """What methods are told of a stage that has not run yet."""
-    return InputStage(
-        name=stage.name,
-        method=catalog.method(stage.method),
-        settings=stage.settings,
-        model=stage.model,
-        inputs={role: _input_stage(earlier[name], earlier, catalog) for role, name in stage.inputs.items()},
-        catalog=catalog,
-    )
 
 
 def _resolve_method(name: Any, path: str, catalog: Catalog, problems: Problems) -> type[Method] | None:
@@ -185,6 +165,12 @@ def _resolve_method(name: Any, path: str, catalog: Catalog, problems: Problems) 
     except UnknownNameError as error:
         problems.add(path, str(error))
         return None
+
+
+def _resolve_seed(seed: Any, path: str, problems: Problems) -> int | Literal["trial"]:
+    if seed != "trial" and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        problems.add(path, f"expected 'trial' or a whole number from 0, got {seed!r}")
+    return seed  # type: ignore[no-any-return]
 
 
 def _resolve_train(value: Any, method: type[Method], path: str, problems: Problems) -> TrainSettings | None:

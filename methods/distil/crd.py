@@ -109,9 +109,8 @@ class ContrastiveDistillation(FeatureStudent):
         return super().inactive(settings) | (frozenset(own) if settings.crd_weight == 0 else frozenset())
 
     def prepare(self, labels_n: Tensor, *, num_epochs: int) -> None:
-        seed = int(self.seed)
-        self.negatives = Negatives(labels_n, seed)
-        generator = torch.Generator().manual_seed(seed)
+        self.negatives = Negatives(labels_n)
+        generator = torch.Generator().manual_seed(int(self.seed))
         bound = (3 / self.settings.num_dimensions) ** 0.5
         for bank in (self.student_bank, self.teacher_bank):
             uniform = torch.rand(len(labels_n), self.settings.num_dimensions, generator=generator)
@@ -122,7 +121,9 @@ class ContrastiveDistillation(FeatureStudent):
             raise RuntimeError(
                 "crd contrasts with the training samples: call prepare(labels) before training"
             )
-        negatives_BK = self.negatives(batch.indices, batch.epoch, self.settings.num_negatives)
+        negatives_BK = self.negatives(
+            batch.indices, seed=self.seed, epoch=batch.epoch, num_negatives=self.settings.num_negatives
+        )
         compared_BJ = torch.cat([batch.indices[:, None], negatives_BK], dim=1)
         student_BE = self.student_embedding(student.pooled)
         terms = [(weight, self.teacher_embedding(pooled_BD)) for weight, pooled_BD in teaching.pooled_terms]

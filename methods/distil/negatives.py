@@ -17,20 +17,18 @@ MASK = 0xFFFFFFFF
 
 
 class Negatives(nn.Module):
-    """Draws negatives for the samples of a training split. Neither trained nor saved: it follows from labels and seed."""
+    """Draws negatives for the samples of a training split. Neither trained nor saved: it follows from the labels."""
 
-    def __init__(self, labels_n: Tensor, seed: int) -> None:
+    def __init__(self, labels_n: Tensor) -> None:
         """Prepare the draw.
 
         Args:
             labels_n: Label of each sample, ``[n]``; -1 for those that must not be drawn.
-            seed: Of all draws.
 
         Raises:
             ValueError: All samples are of one class.
         """
         super().__init__()
-        self.seed = seed & MASK
         order = torch.argsort(labels_n, stable=True)
         self.labels = labels_n.clone()
         self.samples = order[int((labels_n < 0).sum()) :]
@@ -41,22 +39,18 @@ class Negatives(nn.Module):
         self.class_counts = counts
         self.class_starts = counts.cumsum(0) - counts
 
-    def forward(self, indices_B: Tensor, epoch: int, num_negatives: int) -> Tensor:
-        """Samples of other classes than each of ``indices_B``, ``[B, K]``, with repetition."""
+    def forward(self, indices_B: Tensor, *, seed: Tensor, epoch: int, num_negatives: int) -> Tensor:
+        """Samples of other classes than each of ``indices_B``, ``[B, K]``, with repetition. ``seed`` is a whole number."""
         labels_B = self.labels[indices_B]
         counts_B1 = self.class_counts[labels_B][:, None]
         starts_B1 = self.class_starts[labels_B][:, None]
-        hashes_BK = self._hashes(indices_B, epoch, num_negatives)
+        keys_B1 = mixed(indices_B + mixed(epoch + mixed(seed)))[:, None]
+        numbers_K = torch.arange(1, num_negatives + 1, device=indices_B.device)
+        hashes_BK = mixed(keys_B1 ^ mixed(numbers_K))
         # A place among all samples but those of the own class, which form one block in ``samples``.
         places_BK = (hashes_BK * (len(self.samples) - counts_B1)) >> 32
         places_BK = places_BK + counts_B1 * (places_BK >= starts_B1)
         return self.samples[places_BK]
-
-    def _hashes(self, indices_B: Tensor, epoch: int, num_negatives: int) -> Tensor:
-        """Numbers of 32 bits, ``[B, K]``."""
-        keys_B = mixed(indices_B + mixed_int(epoch + mixed_int(self.seed)))
-        numbers_K = torch.arange(num_negatives, device=indices_B.device)
-        return mixed(keys_B[:, None] ^ mixed(numbers_K + 1)[None])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Negatives:
         """Follow ``.to(device)``, as buffers would."""
@@ -72,11 +66,3 @@ def mixed(values: Tensor) -> Tensor:
     values = ((values ^ (values >> 16)) * 0x7FEB352D) & MASK
     values = ((values ^ (values >> 15)) * 0x846CA68B) & MASK
     return values ^ (values >> 16)
-
-
-def mixed_int(value: int) -> int:
-    """The same for one number."""
-    value &= MASK
-    value = ((value ^ (value >> 16)) * 0x7FEB352D) & MASK
-    value = ((value ^ (value >> 15)) * 0x846CA68B) & MASK
-    return value ^ (value >> 16)

@@ -28,6 +28,7 @@ from methods.base import Batch, Loss, Task, Teacher
 from methods.checks import check_weights
 from methods.distil.adapters import ReviewFusion
 from methods.distil.map_student import MapSettings, MapStudent
+from methods.distil.settings import warmup_factor
 from methods.distil.teaching import Outputs, Teaching
 from methods.losses import in_full_precision
 from methods.models import Activation
@@ -90,7 +91,11 @@ class Review(MapStudent):
         loss = levels_distance(reviewed[:-1], teaching.maps)
         for weight, pooled_BD in teaching.pooled_terms:
             loss = loss + weight * hierarchical_distance(reviewed[-1], pooled_BD[:, :, None, None])
-        return {"review": Loss(loss, self.settings.review_weight * self._warmup(batch.epoch))}
+        return {
+            "review": Loss(
+                loss, self.settings.review_weight * warmup_factor(batch.epoch, self.settings.warmup_epochs)
+            )
+        }
 
     def reviewed(self, levels: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Each level of the student joined with all deeper ones, in the shapes of the teacher."""
@@ -100,9 +105,6 @@ class Review(MapStudent):
             result, deeper = fusion(level, deeper)
             results.insert(0, result)
         return tuple(results)
-
-    def _warmup(self, epoch: int) -> float:
-        return min((epoch + 1) / max(self.settings.warmup_epochs, 1), 1.0)
 
 
 def levels_distance(students: tuple[Tensor, ...], teachers: tuple[Tensor, ...]) -> Tensor:

@@ -229,10 +229,14 @@ LABELS = torch.tensor([0, 1, -1, 2, 0, 1, 1, -1, 4, 0])
 """No sample of class 3; samples 2 and 7 are held out."""
 
 
+def draw(indices: Tensor, *, seed: int = 5, epoch: int = 2, num_negatives: int = 50) -> Tensor:
+    return Negatives(LABELS)(indices, seed=torch.tensor(seed), epoch=epoch, num_negatives=num_negatives)
+
+
 @pytest.mark.parametrize("sample", [0, 1, 3, 8])
 def test_negatives_are_of_other_classes_and_evenly_drawn(sample: int) -> None:
     num_draws = 30_000
-    drawn = Negatives(LABELS, 5)(torch.tensor([sample]), 0, num_draws)[0]
+    drawn = draw(torch.tensor([sample]), num_negatives=num_draws)[0]
     counts = torch.bincount(drawn, minlength=len(LABELS)).tolist()
     allowed = [i for i, label in enumerate(LABELS.tolist()) if label not in (-1, int(LABELS[sample]))]
     expected = num_draws / len(allowed)
@@ -243,17 +247,17 @@ def test_negatives_are_of_other_classes_and_evenly_drawn(sample: int) -> None:
 
 
 def test_negatives_follow_from_seed_epoch_and_sample_alone() -> None:
-    draw = Negatives(LABELS, 5)
-    both = draw(torch.tensor([0, 3]), 2, 50)
-    assert torch.equal(draw(torch.tensor([3]), 2, 50)[0], both[1])
-    assert not torch.equal(draw(torch.tensor([3]), 3, 50)[0], both[1])
-    assert not torch.equal(Negatives(LABELS, 6)(torch.tensor([3]), 2, 50)[0], both[1])
+    both, one = draw(torch.tensor([0, 3])), torch.tensor([3])
+    assert torch.equal(draw(one)[0], both[1])
+    assert torch.equal(draw(one, num_negatives=20)[0], both[1, :20])
+    assert not torch.equal(draw(one, epoch=3)[0], both[1])
+    assert not torch.equal(draw(one, seed=6)[0], both[1])
     assert not torch.equal(both[0], both[1])
 
 
 def test_a_single_class_has_no_negatives() -> None:
     with pytest.raises(ValueError, match="all training samples are of one class"):
-        Negatives(torch.tensor([1, 1, -1]), 0)
+        Negatives(torch.tensor([1, 1, -1]))
 
 
 # --- adapters ------------------------------------------------------------------------------------

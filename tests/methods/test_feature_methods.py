@@ -220,12 +220,16 @@ def crd(name: str = "crd", **changes: Any) -> ContrastiveDistillation:
     return method.train()
 
 
+def negatives_of(method: ContrastiveDistillation, indices: Tensor, num_negatives: int) -> Tensor:
+    assert method.negatives is not None
+    return method.negatives(indices, seed=method.seed, epoch=0, num_negatives=num_negatives)
+
+
 def plain_crd(method: ContrastiveDistillation, batch: Batch) -> Tensor:
     """The loss of a plain teacher, from the definition, with the banks as they are."""
-    assert method.negatives is not None
     _, student_pooled = method.model(batch.images)
     teacher_pooled = method.teacher(batch.images).pooled
-    compared = torch.cat([batch.indices[:, None], method.negatives(batch.indices, batch.epoch, 64)], dim=1)
+    compared = torch.cat([batch.indices[:, None], negatives_of(method, batch.indices, 64)], dim=1)
     total = torch.zeros(())
     sides = [
         (method.student_embedding(student_pooled), method.teacher_bank.rows, method.normalisers[0]),
@@ -298,8 +302,7 @@ def test_held_out_samples_are_no_negatives() -> None:
     labels = torch.arange(80) % 5
     labels[40:] = -1
     method.prepare(labels, num_epochs=1)
-    assert method.negatives is not None
-    assert int(method.negatives(torch.arange(40), 0, 500).max()) < 40
+    assert int(negatives_of(method, torch.arange(40), 500).max()) < 40
 
 
 def test_preparation_comes_first() -> None:
