@@ -75,7 +75,7 @@ class LinearProbe(Method):
         network = freeze(_Probed(teacher.network, classifier))
         return replace(
             teacher, network=network, num_classes=source.task.num_classes, key=source.key,
-            heads=None, head_settings=None,
+            heads=None, head_settings=None, noise=None,
         )  # fmt: skip
 
 

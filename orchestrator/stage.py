@@ -32,6 +32,7 @@ from orchestrator.plan import PlannedStage
 from orchestrator.settings import Problems, parse, to_plain
 from orchestrator.spec import RunSettings
 from orchestrator.store import Store
+from orchestrator.training import untrained
 from orchestrator.workers import SOLO, Workers
 
 __all__ = ["StageRunner", "load_source"]
@@ -85,22 +86,34 @@ class StageRunner:
         with out_of_memory_named(stage, device):
             method = self._build(stage, task, device)
             streams = self._streams(stage, data, device)
-            training = train(
-                method,
-                settings=stage.spec.train,
-                training=streams["training"],
-                validation=streams["validation"] if stage.data.validation > 0 else None,
-                seed=derive_seed(stage.seed, "train", stage.spec.method),
-                device=device,
-                workers=self.workers,
-                checkpoints=self.store.checkpoints(stage.key),
-                observe=report,
-                checkpoint_seconds=self.run.checkpoint_seconds,
-            )
+            training = self._train(stage, method, streams, device, report)
             method.artifact().load_state_dict(training.weights)
             test = evaluate(method, streams["test"], device=device, workers=self.workers)
         if self.workers.rank == 0:
             self._put(stage, task, data, method, training, test, device)
+
+    def _train(
+        self, stage: PlannedStage, method: Method, streams: Mapping[str, Stream], device: torch.device,
+        report: Callable[[Row], bool | None],
+    ) -> Training:  # fmt: skip
+        validation = streams["validation"] if stage.data.validation > 0 else None
+        if not method.trains:
+            metrics = evaluate(method, validation, device=device, workers=self.workers) if validation else {}
+            return untrained(method, metrics)
+        labels = torch.from_numpy(streams["training"].known_labels())
+        method.prepare(labels, num_epochs=stage.spec.train.epochs)
+        return train(
+            method,
+            settings=stage.spec.train,
+            training=streams["training"],
+            validation=validation,
+            seed=derive_seed(stage.seed, "train", stage.spec.method),
+            device=device,
+            workers=self.workers,
+            checkpoints=self.store.checkpoints(stage.key),
+            observe=report,
+            checkpoint_seconds=self.run.checkpoint_seconds,
+        )
 
     def _build(self, stage: PlannedStage, task: Task, device: torch.device) -> Method:
         spec = stage.spec
@@ -137,7 +150,7 @@ class StageRunner:
             "training": Stream(
                 data.train, indices=kept, batch_size=stage.spec.train.batch_size,
                 seed=derive_seed(stage.seed, "data", stage.spec.method), augment=settings.active_augment,
-                shuffle=True, **common,
+                shuffle=True, strong=self.catalog.method(stage.spec.method).needs_strong, **common,
             ),
             "validation": Stream(data.train, indices=held_out, **fixed),
             "test": Stream(data.test, indices=np.arange(len(data.test)), **fixed),
