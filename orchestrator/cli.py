@@ -1,6 +1,7 @@
 """The command line: ``stillhouse plan | run | results | show | methods | models | doctor``.
 
-Exit codes: 0 done; 1 some trials failed; 2 the experiment file, or the machine, is wrong; 130 interrupted.
+Exit codes: 0 done; 1 some trials failed; 2 the experiment file, or the machine, is wrong; 3 stopped at the budget;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ EPILOG = """\
 An override is PATH=VALUE: a section (search.seeds=3, run.storage=/data/runs, data.root=PATH) or a stage
 (views.margin=0.3, student.train.epochs=60). Fixing a setting takes it out of the search space.
 
-exit codes: 0 done, 1 some trials failed, 2 the experiment file is wrong, 130 interrupted
+exit codes: 0 done, 1 some trials failed, 2 the experiment file is wrong, 3 stopped at the budget, 130 interrupted
 """
 
 
@@ -118,6 +119,12 @@ def finish(experiment: object) -> int:
     if result.interrupted:
         print("interrupted; the same command goes on from the store", file=sys.stderr)
         return 130
+    if result.budget_reached:
+        print(
+            f"stopped at the budget: {result.budget_reached}; the same command with a larger budget goes on from the store",
+            file=sys.stderr,
+        )
+        return 3
     return 1 if result.num_failed else 0
 
 

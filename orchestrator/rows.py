@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from orchestrator.cost import NO_TIME, MachineTime
 from orchestrator.dispatch import Outcome
 from orchestrator.errors import StorageError
 from orchestrator.plan import PlannedStage, Trial
@@ -37,12 +38,16 @@ def _row(
 ) -> TrialRow:
     metrics: dict[str, float] = {}
     seconds = shared_seconds = 0.0
+    held = shared_held = NO_TIME
     for stage in trial.stages:
         found = manifest(stage.key)
         metrics |= {f"{stage.name}.{name}": value for name, value in found.get("metrics", {}).items()}
         cost = float(found.get("cost", {}).get("seconds", 0.0))
         seconds += cost
-        shared_seconds += cost if stage.key in paid else 0.0
+        held += MachineTime.of_artifact(found)
+        if stage.key in paid:
+            shared_seconds += cost
+            shared_held += MachineTime.of_artifact(found)
         paid.add(stage.key)
     stopped = _stopped_rows(trial, outcome, store)
     if stopped:
@@ -60,6 +65,8 @@ def _row(
         seconds=seconds,
         epochs=int(final.get("epochs", stopped[-1]["epoch"] if stopped else 0)),
         shared_seconds=shared_seconds,
+        held=held,
+        shared_held=shared_held,
         history=json.loads(store.read(trial.key, "history.json")) if final else stopped,
         key=trial.key,
     )

@@ -63,8 +63,10 @@ class Training:
     """Metrics of the kept epoch."""
     seconds: float
     """Wall time, that of earlier attempts up to their last checkpoint included."""
+    worker_seconds: float
+    """Wall time times the number of workers, counted alike."""
     cpu_seconds: float
-    """CPU time of this worker's process, counted alike."""
+    """CPU time used by all workers' processes, counted alike."""
     peak_memory_bytes: int
     """Peak memory allocated on the GPU, or peak resident size of the whole process on the CPU."""
     resumed_epochs: int
