@@ -144,10 +144,10 @@ def stage_resources(run: RunSettings, stage_name: str) -> Resources:
 
 
 def amount(value: float) -> str:
-    """Hours or money: two decimals, whole from 100 on, two significant digits below 1."""
+    """Hours or money: two decimals, whole from 100 on, two significant digits below 0.1."""
     if value >= 100:
         return f"{value:.0f}"
-    return f"{value:.2f}" if value >= 1 or value == 0 else f"{value:.2g}"
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def cost_text(time: MachineTime | None, prices: PriceSettings | None) -> str:

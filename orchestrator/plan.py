@@ -207,7 +207,6 @@ def make_plan(
     cost: Callable[[PlannedStage], float | None],
     num_undrawn: int = 0,
     slots: int = 1,
-    spent: MachineTime = NO_TIME,
 ) -> Plan:
     """Plan every point with every seed. Points that train the same thing become one. Problems are all reported."""
     search = planner.spec.search
@@ -234,5 +233,4 @@ def make_plan(
         num_confirming=search.confirm.top * max(0, search.confirm.seeds - search.seeds),
         slots=slots,
         run=planner.spec.run,
-        spent=spent,
     )

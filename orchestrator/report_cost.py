@@ -41,6 +41,7 @@ def cost_lines(rows: Sequence[TrialRow], prices: PriceSettings | None, spent: Sp
             f"with shared stages it took {duration(total.paid_seconds)}: {duration(total.shared_seconds)} ({100 * share:.0f} %) saved. "
             "These are training times summed over all trials, not the time on the clock."
         )
+    if total.alone != NO_TIME:
         lines.append(
             f"Held by that training: {cost_text(total.alone - total.shared, prices)}; "
             f"saved by sharing: {cost_text(total.shared, prices)}."

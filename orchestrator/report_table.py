@@ -242,7 +242,7 @@ def _telling_costs(rows: Sequence[TrialRow], prices: PriceSettings | None) -> se
     names = {"money"} if prices is not None else set()
     if any(row.held.gpu_seconds for row in rows):
         names.add("gpu_hours")
-    if any(not math.isclose(row.held.cpu_seconds, row.seconds) for row in rows):
+    if any(row.held != NO_TIME and not math.isclose(row.held.cpu_seconds, row.seconds) for row in rows):
         names.add("cpu_hours")
     return names | {f"shared_{name}" for name in names}
 

@@ -84,15 +84,15 @@ class Sweep:
         """What would run. Reads the data's fingerprint and the store; starts nothing."""
         points = known_points(self.spec.search)
         baselines = [Point(label=label) for label in self.spec.baselines]
-        return make_plan(
+        plan = make_plan(
             self.planner,
             baselines + [Point(values) for values in points or []],
             has=self.store.has,
             cost=CostHistory(self.store).seconds,
             num_undrawn=0 if points is not None else self.spec.search.num_samples,
             slots=slots,
-            spent=read_spent(self.store, self.spec.name).total,
         )
+        return replace(plan, spent=read_spent(self.store, self.spec.name).total)
 
     def result(self) -> Result:
         """What the store knows of this sweep, without running anything."""
