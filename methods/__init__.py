@@ -13,6 +13,7 @@ from methods.base import Batch, Loss, Method, ModelSettings, Signals, Source, St
 from methods.catalog import Catalog, UnknownNameError
 from methods.data import DATASETS
 from methods.kd import KnowledgeDistillation
+from methods.linear_probe import LinearProbe
 from methods.models import MODELS
 from methods.supervised import Supervised
 
@@ -21,6 +22,7 @@ METHODS: Mapping[str, type[Method]] = {
     "kd": KnowledgeDistillation,
     "angular_views": AngularViews,
     "angular_kd": AngularDistillation,
+    "linear_probe": LinearProbe,
 }
 
 BUILTIN = Catalog(methods=METHODS, models=MODELS, datasets=DATASETS)

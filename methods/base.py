@@ -164,6 +164,8 @@ class Method(nn.Module, ABC):
     """Signals that the finished artifact can emit: of ``logits``, ``pooled``, ``views``."""
     needs_model: ClassVar[bool] = True
     """Whether the stage names a ``model`` that this method trains."""
+    same_classes: ClassVar[bool] = True
+    """Whether the inputs must tell the same classes apart as the data set."""
     train_defaults: ClassVar[Mapping[str, Any]] = {}
     """Defaults of the training settings where this method differs from the loop's."""
     evaluation_metrics: ClassVar[tuple[str, ...]] = ("top1", "top5", "loss")

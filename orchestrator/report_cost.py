@@ -47,8 +47,13 @@ def cost_lines(rows: Sequence[TrialRow], prices: PriceSettings | None, spent: Sp
             f"saved by sharing: {cost_text(total.shared, prices)}."
         )
     if spent.total != NO_TIME:
+        lost = spent.unfinished
         lines.append(
-            f"All runs of this sweep held {cost_text(spent.total, prices)}, starting, evaluating and repeated work included; "
-            f"{cost_text(spent.unfinished, prices)} of it on stages that failed, were stopped early or are not finished."
+            f"All runs of this sweep held {cost_text(spent.total, prices)}, starting, evaluating and repeated work included"
+            + (
+                f"; {cost_text(lost, prices)} of it on stages that failed, were stopped early or are not finished."
+                if lost != NO_TIME
+                else "."
+            )
         )
     return lines

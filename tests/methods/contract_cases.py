@@ -69,6 +69,7 @@ CASES: dict[str, MethodCase] = {
         inputs={"teacher": "views"},
         weights=STUDENT_WEIGHTS,
     ),
+    "probe": MethodCase(method="linear_probe", inputs={"teacher": "supervised"}),
     "student-released": MethodCase(
         method="angular_kd", inputs={"teacher": "views-released"}, weights=("kd_weight", "ce_weight")
     ),

@@ -58,7 +58,7 @@ def test_settings_are_frozen_keyword_only_and_known_to_inactive(name: str) -> No
     assert all(field.kw_only for field in dataclasses.fields(settings))
     assert method.inactive(settings) <= fields
     with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(settings, min(fields), 0)
+        setattr(settings, min(fields, default="any"), 0)
 
 
 @every_case
@@ -203,7 +203,9 @@ def test_the_total_is_the_weighted_sum(name: str) -> None:
     assert float(step.total.detach()) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.inputs])
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if case.inputs and METHODS[case.method].same_classes]
+)
 def test_a_teacher_of_other_classes_is_refused(name: str) -> None:
     method = build(name)
     teacher = dataclasses.replace(teachers_of(method)[0], num_classes=9)
