@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.ending import Endings
+from orchestrator.errors import StorageError
 from orchestrator.loop import Row
 from orchestrator.plan import PlannedStage, Trial
 from orchestrator.plan_text import duration
@@ -76,7 +77,7 @@ class Monitor:
         self._spending.left(trial.key)
         rows = self._rows.pop(trial.key, [])
         if outcome.status == "stopped":
-            self._endings.record_stopped(trial, outcome, rows)
+            self._record_stopped(trial, outcome, rows)
         self._costs.forget()
         self.log_trial(trial, outcome)
         label = trial.point.label or " ".join(
@@ -91,6 +92,14 @@ class Monitor:
             self._display.event(f"{outcome.status:8} {head}: {self._objective.name} {outcome.values[0]:.2f}")
             if outcome.status == "done" and trial.point.label is None:
                 self._remember_best(trial)
+
+    def _record_stopped(self, trial: Trial, outcome: Outcome, rows: list[Row]) -> None:
+        try:
+            self._endings.record_stopped(trial, outcome, rows)
+        except StorageError as error:
+            self._display.event(
+                f"warning: that {trial.point_id} was stopped early is not recorded, another run repeats it: {error}"
+            )
 
     def log_trial(self, trial: Trial, outcome: Outcome) -> None:
         """Tell tracking about a trial that has ended, in this run or before it."""

@@ -107,10 +107,9 @@ class Sweep:
         self.store.check_writable()
         self.plan()  # finds every mistake in every point before anything starts
         endings = Endings(self.store, self.spec.search)
-        self._make_folder()
         mirror = Mirror(self.folder / "journal.jsonl", self.tracking_uri, self.spec.name)
         trouble = mirror.check()
-        journal = Journal(self.folder / "journal.jsonl")
+        journal = self._open_journal()
         mirror.start()
         run_id = uuid.uuid4().hex[:12]
         with make_display(quiet) as display:
@@ -127,17 +126,18 @@ class Sweep:
                 mirror.close(DRAIN_SECONDS / 6)
                 raise
             result = self._result_of(run)
-            result.write()
-            self._log_end(result, log)
+            self._log_end(result, log, display)
             self._close(mirror, journal, display)
         return result
 
-    def _make_folder(self) -> None:
+    def _open_journal(self) -> Journal:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            return Journal(self.folder / "journal.jsonl")
         except OSError as error:
             raise StorageError(
-                f"{self.folder}: the folder for journal and reports cannot be made: {error.strerror}"
+                f"{self.folder}: the folder for journal and reports cannot be made or written: {error.strerror}; "
+                "free space there, or set run.storage to another place"
             ) from error
 
     def _drive(self, endings: Endings, log: SweepLog, display: Display, run_id: str) -> _Run:
@@ -217,16 +217,24 @@ class Sweep:
             spent=spent,
         )
 
-    def _log_end(self, result: Result, log: SweepLog) -> None:
+    def _log_end(self, result: Result, log: SweepLog, display: Display) -> None:
+        """Write and log what the sweep came to. A report that cannot be written costs no result: it is in the store."""
         status: EndStatus = "KILLED" if result.is_partial else "FAILED" if result.num_failed else "FINISHED"
-        best = result.best_trial
-        bundle = result.write_best(best) if best is not None else None
-        log.sweep_ended(
-            status, report=self.folder / "report", best_trial=best, bundle=bundle, numbers=result.numbers()
-        )
+        best, report, bundle = result.best_trial, None, None
+        try:
+            report = result.write().parent
+            bundle = result.write_best(best) if best is not None else None
+        except (OSError, StorageError) as error:
+            display.event(f"warning: {error}. `stillhouse results` writes the report again")
+        log.sweep_ended(status, report=report, best_trial=best, bundle=bundle, numbers=result.numbers())
 
     def _close(self, mirror: Mirror, journal: Journal, display: Display) -> None:
-        journal.close()
+        lost = journal.close()
+        if lost:
+            display.event(
+                f"{lost} tracking records could not be written to {journal.path}; "
+                "the same command tells tracking about finished trials again"
+            )
         left = mirror.close(DRAIN_SECONDS)
         if left:
             display.event(
