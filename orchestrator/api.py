@@ -11,7 +11,7 @@ import numpy as np
 from methods import BUILTIN
 from methods.base import Method, ModelFactory
 from methods.data.base import DataSource
-from orchestrator.document import apply_overrides, dump_document, read_document
+from orchestrator.document import SECTIONS, apply_overrides, dump_document, read_document
 from orchestrator.errors import ConfigurationError
 from orchestrator.plan import Plan
 from orchestrator.reader import parse_experiment
@@ -40,6 +40,7 @@ class Experiment:
         stages: Mapping[str, Mapping[str, Any]],
         search: Mapping[str, Any],
         baselines: Mapping[str, Mapping[str, Any]] | None = None,
+        controls: bool = False,
         run: Mapping[str, Any] | None = None,
         methods: Mapping[str, type[Method]] | None = None,
         models: Mapping[str, ModelFactory] | None = None,
@@ -51,6 +52,7 @@ class Experiment:
             "data": data,
             "stages": stages,
             "baselines": baselines or {},
+            "controls": controls,
             "search": search,
         }
         self.document: dict[str, Any] = _plain({**document, "run": run or {}})
@@ -71,12 +73,9 @@ class Experiment:
     ) -> Experiment:
         """Read an experiment file and lay overrides such as ``views.margin=0.3`` over it."""
         document = apply_overrides(read_document(Path(path)), overrides)
-        unknown = [
-            key for key in document if key not in ("name", "data", "stages", "search", "baselines", "run")
-        ]
-        sections = {
-            key: document.get(key) for key in ("name", "data", "stages", "search", "baselines", "run")
-        }
+        unknown = [key for key in document if key not in SECTIONS]
+        sections = {key: document.get(key) for key in SECTIONS if key != "controls"}
+        sections["controls"] = document.get("controls", False)
         if unknown:  # the reader reports them together with every other mistake
             parse_experiment(document, BUILTIN.extended(methods, models, datasets))
         command = " ".join(["stillhouse run", str(path), *overrides])

@@ -144,6 +144,8 @@ class Result:
             rows=self.rows,
             objectives=self.spec.search.objectives,
             baseline=self.baseline,
+            controls=self.spec.controls,
+            baselines=list(self.spec.baselines),
             command=self.command,
             tracking_command=self.tracking_command,
             plots=[path for path in plots if path.suffix == ".png"],
