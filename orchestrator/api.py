@@ -16,6 +16,7 @@ from orchestrator.errors import ConfigurationError
 from orchestrator.plan import Plan
 from orchestrator.reader import parse_experiment
 from orchestrator.result import Result
+from orchestrator.secrecy import hide, hide_plain
 from orchestrator.space import Domain
 from orchestrator.sweep import Sweep
 
@@ -57,7 +58,8 @@ class Experiment:
         """The experiment as plain data, ready to be written as YAML."""
         self._uses_own_code = bool(methods or models or datasets)
         catalog = BUILTIN.extended(methods, models, datasets)
-        self._sweep = Sweep(parse_experiment(self.document, catalog), dump_document(self.document), command)
+        shown = dump_document(hide_plain(self.document))
+        self._sweep = Sweep(parse_experiment(self.document, catalog), shown, command)
 
     @classmethod
     def load(
@@ -79,7 +81,7 @@ class Experiment:
         }
         if unknown:  # the reader reports them together with every other mistake
             parse_experiment(document, BUILTIN.extended(methods, models, datasets))
-        command = " ".join(["stillhouse run", str(path), *overrides])
+        command = hide(" ".join(["stillhouse run", str(path), *overrides]))  # for readers of the report
         return cls(**sections, methods=methods, models=models, datasets=datasets, command=command)  # type: ignore[arg-type]
 
     @property
