@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,12 +13,18 @@ from methods.base import Method, ModelFactory
 from methods.data.base import DataSource
 from orchestrator.document import apply_overrides, dump_document, read_document
 from orchestrator.errors import ConfigurationError
+from orchestrator.facts import checkpoint_paths
 from orchestrator.plan import Plan
+from orchestrator.portable import left_behind
 from orchestrator.reader import parse_experiment
 from orchestrator.result import Result
 from orchestrator.secrecy import hide, hide_plain
 from orchestrator.space import Domain
 from orchestrator.sweep import Sweep
+
+if TYPE_CHECKING:
+    from orchestrator.preflight import Preflight
+    from orchestrator.submit import Job
 
 __all__ = ["Experiment"]
 
@@ -100,10 +106,15 @@ class Experiment:
         """What the store holds of this experiment, without running anything."""
         return self._sweep.result()
 
-    def submit(self, address: str, *, follow: bool = True) -> str:
-        """Run on a cluster through Ray's job API, for instance ``http://127.0.0.1:8265``; returns the job's id.
+    def preflight(self) -> Preflight:
+        """Look at every node of the cluster at hand: storage, versions, GPUs, clock, disk, data. Prints well."""
+        return self._sweep.preflight()
 
-        With ``follow`` the job's log is shown until it ends; Ctrl-C then stops following, not the job.
+    def submit(self, address: str, *, follow: bool = True) -> Job:
+        """Run on a cluster through Ray's job API, for instance ``http://127.0.0.1:8265``.
+
+        The job refuses to run under another version of Stillhouse than ours. With ``follow`` its log is shown until
+        it ends; Ctrl-C then stops following, not the job.
         """
         from orchestrator.submit import submit_job
 
@@ -111,12 +122,9 @@ class Experiment:
             raise ConfigurationError(
                 "submit: an experiment with methods, models or data sets of your own cannot travel as YAML; submit your own script with `ray job submit`, which calls Experiment(...).run()"
             )
-        storage = self._sweep.spec.run.storage
-        if "://" not in storage and not Path(storage).is_absolute():
-            raise ConfigurationError(
-                f"run.storage: {storage!r} is relative to a folder that the cluster does not have; "
-                "give an absolute path or a URL that every node reaches"
-            )
+        spec = self._sweep.spec
+        if problems := left_behind(spec, checkpoint_paths(spec)):
+            raise ConfigurationError(*problems)
         return submit_job(address, self.name, dump_document(self.document), follow=follow)
 
 

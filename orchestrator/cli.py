@@ -1,4 +1,4 @@
-"""The command line: ``stillhouse plan | run | results | show | methods | models | doctor``.
+"""The command line: ``stillhouse plan | run | results | submit | preflight | ... | doctor``.
 
 Exit codes: 0 done; 1 some trials failed; 2 the experiment file, or the machine, is wrong; 130 interrupted.
 """
@@ -6,14 +6,15 @@ Exit codes: 0 done; 1 some trials failed; 2 the experiment file, or the machine,
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from orchestrator.cli_cluster import add_cluster_commands
 from orchestrator.errors import ConfigurationError, StillhouseError
+from orchestrator.secrecy import hide, hide_in_logs
 
 __all__ = ["main"]
 
@@ -28,16 +29,16 @@ exit codes: 0 done, 1 some trials failed, 2 the experiment file is wrong, 130 in
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    hide_in_logs()
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
     except ConfigurationError as error:
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {hide(problem)}", file=sys.stderr)
         return 2
     except StillhouseError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {hide(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the store", file=sys.stderr)
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("experiment", metavar="EXPERIMENT", help="the experiment file (YAML)")
         command.add_argument("overrides", metavar="PATH=VALUE", nargs="*", help="settings laid over the file")
         command.set_defaults(command=function)
+    add_cluster_commands(commands, EPILOG)
     show = commands.add_parser("show", help="manifest and lineage of an artifact")
     show.add_argument("key", metavar="KEY", help="its key, or the first digits of it")
     show.add_argument("--storage", default="runs", help="where the artifacts are (default: runs)")

@@ -15,7 +15,7 @@ from orchestrator.keys import Facts
 from orchestrator.settings import Problems, to_plain
 from orchestrator.spec import ExperimentSpec
 
-__all__ = ["gather_facts"]
+__all__ = ["checkpoint_paths", "gather_facts"]
 
 
 def gather_facts(spec: ExperimentSpec) -> Facts:
@@ -32,7 +32,7 @@ def gather_facts(spec: ExperimentSpec) -> Facts:
         "augment": to_plain(spec.data.active_augment),
     }
     checkpoints = {}
-    for path in sorted(set(_checkpoint_paths(spec))):
+    for path in sorted(set(checkpoint_paths(spec))):
         try:
             checkpoints[path] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
         except OSError as error:
@@ -42,7 +42,8 @@ def gather_facts(spec: ExperimentSpec) -> Facts:
     return Facts(data=data, checkpoints=checkpoints, code=dict(_foreign_code(spec)))
 
 
-def _checkpoint_paths(spec: ExperimentSpec) -> Iterator[str]:
+def checkpoint_paths(spec: ExperimentSpec) -> Iterator[str]:
+    """Every file of weights that a stage may start from, the choices of the search included."""
     labels: list[str | None] = [None, *spec.baselines]
     choices: list[dict[str, Any]] = [{}] + [
         {path: value}
