@@ -13,7 +13,7 @@ from methods.base import Method, ModelFactory
 from methods.data.base import DataSource
 from orchestrator.document import apply_overrides, dump_document, read_document
 from orchestrator.errors import ConfigurationError
-from orchestrator.facts import checkpoint_paths
+from orchestrator.facts import checkpoint_paths, data_roots
 from orchestrator.plan import Plan
 from orchestrator.portable import left_behind
 from orchestrator.reader import parse_experiment
@@ -123,7 +123,7 @@ class Experiment:
                 "submit: an experiment with methods, models or data sets of your own cannot travel as YAML; submit your own script with `ray job submit`, which calls Experiment(...).run()"
             )
         spec = self._sweep.spec
-        if problems := left_behind(spec, checkpoint_paths(spec)):
+        if problems := left_behind(spec.run, data_roots(spec), checkpoint_paths(spec)):
             raise ConfigurationError(*problems)
         return submit_job(address, self.name, dump_document(self.document), follow=follow)
 

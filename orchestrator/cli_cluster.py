@@ -39,10 +39,16 @@ def add_cluster_commands(commands: Any, epilog: str) -> None:
         ("logs", _logs, "show what a job prints"),
         ("stop", _stop, "stop a job as Ctrl-C would: running epochs end first; it can be submitted again"),
     ):
-        command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
-        command.add_argument("job", metavar="JOB", nargs="?" if name == "status" else None, help="as `status` lists it")
+        command = commands.add_parser(
+            name, help=help_text, description=help_text[0].upper() + help_text[1:] + "."
+        )
+        command.add_argument(
+            "job", metavar="JOB", nargs="?" if name == "status" else None, help="as `status` lists it"
+        )
         if name == "logs":
-            command.add_argument("--follow", action="store_true", help="until it ends; its exit code becomes ours")
+            command.add_argument(
+                "--follow", action="store_true", help="until it ends; its exit code becomes ours"
+            )
         _add_address(command)
         command.set_defaults(command=function)
 
@@ -101,7 +107,10 @@ def _stop(options: argparse.Namespace) -> int:
     if state.ended or not stop_job(client, options.job):
         print(f"job {options.job} has ended already: {state.state}")
         return 0
-    print(f"job {options.job} stops after its running epochs, and is killed after {STOP_WAIT_SECONDS} s", file=sys.stderr)
+    print(
+        f"job {options.job} stops after its running epochs, and is killed after {STOP_WAIT_SECONDS} s",
+        file=sys.stderr,
+    )
     deadline = time.monotonic() + STOP_WAIT_SECONDS + STOP_MARGIN_SECONDS
     while not (state := job_states(client, options.job)[0]).ended:
         if time.monotonic() > deadline:

@@ -61,14 +61,21 @@ def judge_endpoint(host: str, port: int, allow_open: Collection[str] = ()) -> It
     closed = access is Access.CLOSED
     asks = "asks for a token" if closed else "takes jobs from anybody, without a token"
     if is_loopback(host):
-        remedy = "" if closed else ": every user of this machine can run code as you; set RAY_AUTH_MODE=token before `ray start`"
+        remedy = (
+            ""
+            if closed
+            else ": every user of this machine can run code as you; set RAY_AUTH_MODE=token before `ray start`"
+        )
         yield Finding("good" if closed else "note", f"{place} {asks}{remedy}")
     elif closed:
         yield Finding(
             "note", f"{place} {asks}, which travels unencrypted: rather start the head with --dashboard-host 127.0.0.1 and use an SSH tunnel",
         )  # fmt: skip
     elif host in allow_open or f"{host}:{port}" in allow_open:
-        yield Finding("note", f"{place} {asks}, which you allow by name: every machine that reaches it can run code here")
+        yield Finding(
+            "note",
+            f"{place} {asks}, which you allow by name: every machine that reaches it can run code here",
+        )
     else:
         yield Finding(
             "wrong", f"{place} {asks}: set RAY_AUTH_MODE=token and start the head with --dashboard-host 127.0.0.1, reached through an SSH tunnel; or allow it by name, {ALLOW_VARIABLE}={host}",

@@ -69,7 +69,9 @@ def run_preflight(
         )
         for node in nodes
     ]  # fmt: skip
-    hosts = {DRIVER: "the driver"} | {node.id: report.name for node, report in zip(nodes, reports, strict=True)}
+    hosts = {DRIVER: "the driver"} | {
+        node.id: report.name for node, report in zip(nodes, reports, strict=True)
+    }
     expected = Expected(facts=own, lease_seconds=lease_seconds, needs_gpu=needs_gpu, hosts=hosts)
     findings = [finding for report in reports for finding in judge_node(report, expected)]
     findings += judge_cluster(reports)
@@ -88,10 +90,16 @@ def _driver_findings(
     trouble = reach(tracking_uri)
     if trouble:
         findings.append(
-            Finding("note", f"{trouble}. The sweep would go on and send its journal when the server is back", DRIVER)
+            Finding(
+                "note",
+                f"{trouble}. The sweep would go on and send its journal when the server is back",
+                DRIVER,
+            )
         )
     else:
-        findings.append(Finding("good", f"tracking {tracking_uri} answers (only the driver writes to it)", DRIVER))
+        findings.append(
+            Finding("good", f"tracking {tracking_uri} answers (only the driver writes to it)", DRIVER)
+        )
     if own["storage"]:
         findings.append(Finding("wrong", f"the storage cannot be used here: {own['storage']}", DRIVER))
     if endpoint := dashboard_address():
@@ -102,7 +110,19 @@ def _driver_findings(
     return findings
 
 
-HEADING = ("host", "address", "stillhouse", "python", "ray", "torch", "GPUs", "memory", "free disk", "clock", "verdict")
+HEADING = (
+    "host",
+    "address",
+    "stillhouse",
+    "python",
+    "ray",
+    "torch",
+    "GPUs",
+    "memory",
+    "free disk",
+    "clock",
+    "verdict",
+)
 
 
 def _row(report: NodeReport, findings: Sequence[Finding]) -> tuple[str, ...]:

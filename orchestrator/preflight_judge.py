@@ -84,7 +84,9 @@ def judge_node(report: NodeReport, expected: Expected) -> Iterator[Finding]:
 def judge_cluster(reports: Sequence[NodeReport]) -> Iterator[Finding]:
     """What shows only when nodes are compared with each other."""
     kinds = Counter(
-        f"{gpu['name']} {gpu['memory_gb']:.0f} GB" for report in reports for gpu in (report.facts or {}).get("gpus", [])
+        f"{gpu['name']} {gpu['memory_gb']:.0f} GB"
+        for report in reports
+        for gpu in (report.facts or {}).get("gpus", [])
     )
     if len(kinds) > 1:
         listed = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
@@ -122,7 +124,9 @@ def _versions(report: NodeReport, facts: Mapping[str, Any], expected: Expected) 
     here, there = own["python"], facts["python"]
     if here != there:
         level = "note" if here.rpartition(".")[0] == there.rpartition(".")[0] else "wrong"
-        yield Finding(level, f"Python {there}, but the driver has {here}; use one version on every node", report.name)
+        yield Finding(
+            level, f"Python {there}, but the driver has {here}; use one version on every node", report.name
+        )
 
 
 def _storage(report: NodeReport, facts: Mapping[str, Any], expected: Expected) -> Iterator[Finding]:
@@ -149,13 +153,17 @@ def _clock(report: NodeReport, facts: Mapping[str, Any], expected: Expected) -> 
             "wrong", f"its clock is {found.text} against the driver's, leases allow for {allowed:g} s; set it by NTP (chronyd), or raise run.lease_seconds", report.name,
         )  # fmt: skip
     elif found.proven_seconds > allowed / 5:
-        yield Finding("note", f"its clock is {found.text} against the driver's; set it by NTP (chronyd)", report.name)
+        yield Finding(
+            "note", f"its clock is {found.text} against the driver's; set it by NTP (chronyd)", report.name
+        )
 
 
 def _disk(report: NodeReport, facts: Mapping[str, Any], expected: Expected) -> Iterator[Finding]:
     for what, free in facts["free_gb"].items():
         if free < MIN_FREE_GB:
-            remedy = "free some, or set run.storage elsewhere" if what == "storage" else "Ray spills objects there"
+            remedy = (
+                "free some, or set run.storage elsewhere" if what == "storage" else "Ray spills objects there"
+            )
             yield Finding(
                 "wrong" if what == "storage" else "note", f"{free:.1f} GB free in the {what} folder; {remedy}", report.name,
             )  # fmt: skip
@@ -174,4 +182,6 @@ def _gpus(report: NodeReport, facts: Mapping[str, Any], expected: Expected) -> I
 
 def _files(report: NodeReport, facts: Mapping[str, Any], expected: Expected) -> Iterator[Finding]:
     for path in facts["missing"]:
-        yield Finding("wrong", f"{path} is not there; stages read it on every node: copy it, or mount it", report.name)
+        yield Finding(
+            "wrong", f"{path} is not there; stages read it on every node: copy it, or mount it", report.name
+        )

@@ -114,7 +114,9 @@ def _gpus() -> list[dict[str, Any]]:
         return []
     asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=True).stdout
+        told = subprocess.run(
+            asked, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return [{"name": f"unknown ({error})", "memory_gb": 0.0}]
     lines = [line.rpartition(",") for line in told.splitlines() if "," in line]

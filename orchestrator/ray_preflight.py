@@ -12,8 +12,9 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator import preflight_probe
+from orchestrator.errors import ConfigurationError
 
-__all__ = ["Answer", "Node", "alive_nodes", "ask", "dashboard_address"]
+__all__ = ["Answer", "Node", "alive_nodes", "ask", "dashboard_address", "look_at_cluster"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,9 @@ class Answer:
 def alive_nodes() -> list[Node]:
     """The nodes of the cluster that this process has joined, in order of their address."""
     nodes = [
-        Node(id=node["NodeID"], address=node["NodeManagerAddress"], num_gpus=node["Resources"].get("GPU", 0.0))
+        Node(
+            id=node["NodeID"], address=node["NodeManagerAddress"], num_gpus=node["Resources"].get("GPU", 0.0)
+        )
         for node in ray.nodes()
         if node["Alive"]
     ]
@@ -52,6 +55,20 @@ def dashboard_address() -> str:
     from ray._private.worker import get_dashboard_url
 
     return str(get_dashboard_url() or "")
+
+
+def look_at_cluster() -> tuple[list[Node], str]:
+    """Nodes and dashboard of the cluster that RAY_ADDRESS names. Joins it for the moment, if this process has not."""
+    if ray.is_initialized():
+        return alive_nodes(), dashboard_address()
+    try:
+        ray.init(log_to_driver=False, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise ConfigurationError(f"the cluster does not take us: {error}") from error
+    try:
+        return alive_nodes(), dashboard_address()
+    finally:
+        ray.shutdown()
 
 
 def ask(

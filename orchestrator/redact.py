@@ -19,9 +19,7 @@ SHORTEST_SECRET = 6
 WORDS = r"(?:secret|passw(?:or)?d|passphrase|token|api[-_]?key|access[-_]?key|secret[-_]?key|private[-_]?key|connection[-_]?string)"
 USER_AND_PASSWORD = re.compile(r"([a-z][a-z0-9+.-]*://[^\s/?#:@'\"]*):[^\s/?#'\"]*@", re.IGNORECASE)
 TOKEN_AS_USER = re.compile(r"(https?://)[^\s/?#:@'\"]+@", re.IGNORECASE)
-QUERY = re.compile(
-    rf"([?&;][\w.-]*(?:{WORDS}|signature|credential)=|[?&;]sig=)[^&;\s#'\"]+", re.IGNORECASE
-)
+QUERY = re.compile(rf"([?&;][\w.-]*(?:{WORDS}|signature|credential)=|[?&;]sig=)[^&;\s#'\"]+", re.IGNORECASE)
 VALUE = r"(?!(?:true|false|null|none)\b)(?:\"[^\"\n]+\"|'[^'\n]+'|[^\s,;&}\])\"']+)"
 FIELD = re.compile(
     rf"((?<![\w?&;/])(?:[\w.-]*{WORDS}\s*=\s*|[\"'][\w.-]*{WORDS}[\"']\s*[:=]\s*)){VALUE}", re.IGNORECASE
@@ -30,7 +28,8 @@ FIELD = re.compile(
 HEADER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
 SECRET_NAME = re.compile(rf"[\w.-]*{WORDS}", re.IGNORECASE)
 SECRET_VARIABLE = re.compile(
-    r".*(PASSW(OR)?D|PASSPHRASE|SECRET|TOKEN|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CONNECTION_STRING).*", re.IGNORECASE
+    r".*(PASSW(OR)?D|PASSPHRASE|SECRET|TOKEN|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CONNECTION_STRING).*",
+    re.IGNORECASE,
 )
 NO_SECRET_VARIABLE = re.compile(r".*(_|^)(PATH|FILE|DIR|ID|NAME|URL|URI|MODE|SECONDS|TTL)", re.IGNORECASE)
 

@@ -6,15 +6,17 @@ import logging
 import subprocess
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from methods.data.base import ImageData
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.ending import Endings
 from orchestrator.errors import ConfigurationError, StorageError
-from orchestrator.facts import gather_facts
+from orchestrator.facts import data_sections, files_on_every_node, gather_facts
 from orchestrator.journal import EndStatus, Journal
 from orchestrator.keys import Facts
 from orchestrator.monitor import Monitor
@@ -28,7 +30,11 @@ from orchestrator.stage import StageRunner
 from orchestrator.store import Store
 from orchestrator.sweep_log import SweepLog
 from orchestrator.tracking import Mirror, ui_command
+from orchestrator.tracking_uri import absolute
 from orchestrator.trial import TrialRunner, stop_path
+
+if TYPE_CHECKING:
+    from orchestrator.preflight import Preflight
 
 __all__ = ["Sweep"]
 
@@ -81,6 +87,23 @@ class Sweep:
             slots=slots,
         )
 
+    def preflight(self) -> Preflight:
+        """Ask every node of the cluster at hand whether it can do its part. Joins the cluster; starts no stage."""
+        from orchestrator.endpoints import allowed_open
+        from orchestrator.preflight import run_preflight
+        from orchestrator.ray_tune import connect
+
+        self.facts  # noqa: B018 - data that is not even here is refused first
+        connect()
+        return run_preflight(
+            self.store.url,
+            absolute(self.tracking_uri),
+            files_on_every_node(self.spec),
+            lease_seconds=self.spec.run.lease_seconds,
+            needs_gpu=self.spec.run.gpus_per_worker > 0,
+            allow_open=allowed_open(),
+        )
+
     def result(self) -> Result:
         """What the store knows of this sweep, without running anything."""
         endings = Endings(self.store, self.spec.search)
@@ -105,7 +128,7 @@ class Sweep:
                     f"warning: {trouble} The sweep goes on; its journal is sent when the server is back."
                 )
             log = SweepLog(journal, self.spec, self.store, code_version())
-            log.sweep_started(self.document_text, self.facts.data)
+            log.sweep_started(self.document_text, self.facts.data[self.spec.data.source_id])
             try:
                 dispatcher, interrupted = self._drive(endings, log, display, run_id)
             except BaseException:
@@ -148,7 +171,15 @@ class Sweep:
         from orchestrator.ray_tune import connect, trial_slots
 
         connect()
+        self._refuse_unfit_cluster()
         return trial_slots(self.spec.run)
+
+    def _refuse_unfit_cluster(self) -> None:
+        """On several nodes, each is asked first whether it can do its part; on one there is nothing to compare."""
+        from orchestrator.ray_preflight import alive_nodes
+
+        if len(alive_nodes()) > 1 and (problems := self.preflight().problems):
+            raise ConfigurationError(*problems, "nothing was started; `stillhouse preflight` shows the table")
 
     def _run_on_ray(
         self, dispatcher: Dispatcher, monitor: Monitor, display: Display, run_id: str, slots: int
@@ -156,12 +187,7 @@ class Sweep:
         from orchestrator.ray_train import DistributedExecute
         from orchestrator.ray_tune import SharedData, drive
 
-        try:
-            data = self.spec.data.source.load()
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"data: {error}") from error
-        stages = StageRunner(self.store, self.spec.catalog, self.spec.data, self.spec.run, SharedData(data))
-        del data
+        stages = StageRunner(self.store, self.spec.catalog, self.spec.run, SharedData(self._load_data()))
         execute = stages.execute if self.spec.run.workers == 1 else DistributedExecute(stages)
         runner = TrialRunner(self.store, execute, self.spec.search.objectives, run_id)
         interrupted = False
@@ -180,6 +206,14 @@ class Sweep:
         finally:
             self.store.delete_json(stop_path(run_id))
         return interrupted
+
+    def _load_data(self) -> Iterator[tuple[str, ImageData]]:
+        """Every data set that a stage may ask for, one after the other."""
+        for name, section in data_sections(self.spec).items():
+            try:
+                yield name, section.source.load()
+            except (OSError, ValueError) as error:
+                raise ConfigurationError(f"data {section.dataset}: {error}") from error
 
     def _dispatcher(self, recall: Callable[[Trial], Outcome | None]) -> Dispatcher:
         return Dispatcher(

@@ -70,7 +70,9 @@ class TrialRunner:
         except (_BusyElsewhereError, StopTraining):
             return Outcome(status="deferred")
         except Exception as error:  # the outcome carries it: type, text and, in the store, the traceback
-            return Outcome(status="failed", reason=hide(f"{type(error).__name__.removesuffix('Error')}: {error}"))
+            return Outcome(
+                status="failed", reason=hide(f"{type(error).__name__.removesuffix('Error')}: {error}")
+            )
 
     def _walk(self, trial: Trial, report: Callable[[Row], bool | None]) -> Outcome:
         for stage in () if self.store.has(trial.key) else trial.stages:

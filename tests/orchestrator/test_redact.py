@@ -61,7 +61,9 @@ def test_anything_else_stays(text: str) -> None:
 
 
 def test_nested_data() -> None:
-    found = redact_plain({"run": {"tracking": f"http://a:{SECRET}@h", "options": [{"secret": SECRET, "n": 1}]}})
+    found = redact_plain(
+        {"run": {"tracking": f"http://a:{SECRET}@h", "options": [{"secret": SECRET, "n": 1}]}}
+    )
     assert found == {"run": {"tracking": "http://a:***@h", "options": [{"secret": "***", "n": 1}]}}
 
 
