@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.findings import Finding
 from orchestrator.preflight_judge import Expected, NodeReport, judge_cluster, judge_node
 from orchestrator.preflight_probe import erase_marker, look, read_markers
+
+if TYPE_CHECKING:
+    from orchestrator.ray_preflight import Answer, Node
 
 __all__ = ["Preflight", "run_preflight"]
 
@@ -62,9 +66,10 @@ def run_preflight(
     second = ask(wrote, read_markers, lambda node: (storage, run, names), NODE_SECONDS)
     third = ask(wrote, erase_marker, lambda node: (storage, node.id), NODE_SECONDS)
     erase_marker(storage, DRIVER)
+    names_of = _names(nodes, first)
     reports = [
         NodeReport(
-            name=_host(node.address, first[node.id].facts), address=node.address, num_gpus=node.num_gpus,
+            name=names_of[node.id], address=node.address, num_gpus=node.num_gpus,
             answers=tuple(answers[node.id] for answers in (first, second, third) if node.id in answers),
         )
         for node in nodes
@@ -148,5 +153,12 @@ def _row(report: NodeReport, findings: Sequence[Finding]) -> tuple[str, ...]:
     )
 
 
-def _host(address: str, facts: Any) -> str:
-    return str(facts["host"]) if facts else address
+def _names(nodes: Sequence[Node], answers: Mapping[str, Answer]) -> dict[str, str]:
+    """Id of each node -> its host name, or address; with a part of the id where several would be called the same."""
+    plain = {node.id: _host(node, answers[node.id]) for node in nodes}
+    counts = Counter(plain.values())
+    return {id: f"{name} ({id[:6]})" if counts[name] > 1 else name for id, name in plain.items()}
+
+
+def _host(node: Node, answer: Answer) -> str:
+    return str(answer.facts["host"]) if answer.facts else node.address

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.findings import Finding
+from orchestrator.findings import Finding, Level
 
 if TYPE_CHECKING:
     from orchestrator.ray_preflight import Answer
@@ -123,7 +123,7 @@ def _versions(report: NodeReport, facts: Mapping[str, Any], expected: Expected) 
         )  # fmt: skip
     here, there = own["python"], facts["python"]
     if here != there:
-        level = "note" if here.rpartition(".")[0] == there.rpartition(".")[0] else "wrong"
+        level: Level = "note" if here.rpartition(".")[0] == there.rpartition(".")[0] else "wrong"
         yield Finding(
             level, f"Python {there}, but the driver has {here}; use one version on every node", report.name
         )
