@@ -237,6 +237,10 @@ class Store:
                 raise ValueError(f"inputs map roles to keys, got {role!r}: {source!r}")
 
     def _read(self, key: str, name: str, manifest: Mapping[str, Any]) -> bytes:
+        if not PART.fullmatch(str(manifest["attempt"])):  # whoever writes to the storage may have made it up
+            raise DamagedArtifactError(
+                f"{self._name(key)} is damaged: its manifest names the attempt {manifest['attempt']!r}, which leaves its folder. Set it aside and build it again"
+            )
         return read_sealed(
             self._files, f"{_folder(key)}/{manifest['attempt']}", name, manifest, self._name(key)
         )

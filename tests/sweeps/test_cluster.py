@@ -32,6 +32,8 @@ STAGES = {"student": {"method": "supervised", "model": "tiny_mlp", "train": {"ep
 class Cluster:
     address: str
     dashboard: str
+    sockets: Path
+    """Where Ray keeps its session: sockets, logs, what jobs brought."""
 
 
 def free_port() -> int:
@@ -52,6 +54,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     monkey = pytest.MonkeyPatch()
     monkey.setenv("RAY_AUTH_MODE", "token")
     monkey.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    monkey.setenv("AWS_SECRET_ACCESS_KEY", ENVIRONMENT_SECRET)
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2", f"--port={port}",
         "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
@@ -65,7 +68,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         )
     try:
         wait_for(f"http://127.0.0.1:{dashboard}/api/version", folder / "head.txt")
-        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
+        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", Path(sockets))
     finally:
         os.killpg(head.pid, signal.SIGTERM)
         try:
@@ -97,6 +100,8 @@ job = experiment.submit(sys.argv[2])
 print("job", job, "exit", job.exit_code)
 print([row.status for row in experiment.result().rows])
 """
+SECRET = "hunter2-Xyz"
+ENVIRONMENT_SECRET = "wJalrXUt/hunter3"
 CLI = "import sys; from orchestrator.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -145,7 +150,9 @@ def document(tmp_path: Path, **run: object) -> dict[str, object]:
     }  # fmt: skip
 
 
-def run_python(arguments: list[str], cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(
+    arguments: list[str], cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """A fresh process: Ray reads its authentication mode once. It finds this repository before any installation."""
     return subprocess.run(
         [sys.executable, *arguments], env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
@@ -165,12 +172,26 @@ def experiment_file(tmp_path: Path, **run: object) -> str:
 
 
 def test_submitted_job_runs_the_sweep(cluster: Cluster, tmp_path: Path) -> None:
-    arguments = ["-c", SUBMIT, json.dumps(document(tmp_path)), cluster.dashboard]
+    tracking = f"sqlite:///{tmp_path}/mlflow.db?password={SECRET}"
+    whole = document(tmp_path, tracking=tracking)
+    arguments = ["-c", SUBMIT, json.dumps(whole), cluster.dashboard]
     done = run_python(arguments)
     assert done.returncode == 0, done.stderr
     assert "report:" in done.stdout
     assert "exit 0\n['done']" in done.stdout
     assert len(list(Store(str(tmp_path / "runs")).keys())) == 1
+    assert (tmp_path / "mlflow.db").exists()
+    shown = [done.stdout, done.stderr, command("status", "--address", cluster.dashboard, cwd=tmp_path).stdout]
+    assert "submitted" in shown[-1]
+    kept = [path for folder in (tmp_path, cluster.sockets) for path in folder.rglob("*") if path.is_file()]
+    assert any(path.name.startswith("job-driver") for path in kept)
+    # The document itself lies on the head, in the job's own folder; no log, report, journal or database repeats it.
+    holding = {path for path in kept if SECRET.encode() in path.read_bytes()}
+    assert {path.name for path in holding} == {"experiment.yaml"}
+    # The head's own environment holds the other secret; Ray itself may log that, we may not.
+    repeating = {path.name for path in kept if ENVIRONMENT_SECRET.encode() in path.read_bytes()}
+    assert repeating <= {"runtime_env_agent.log"}
+    assert not [text for text in shown if SECRET in text]
     refused = run_python(arguments, RAY_AUTH_TOKEN_PATH=os.devnull)
     assert refused.returncode != 0
     assert "ConfigurationError: submit:" in refused.stderr
@@ -217,6 +238,39 @@ def test_relative_storage_and_absent_cluster_are_refused(tmp_path: Path) -> None
         absolute.submit("http://127.0.0.1:1")
 
 
+def test_a_job_is_followed_left_and_stopped(cluster: Cluster, tmp_path: Path) -> None:
+    path, at = experiment_file(tmp_path), ("--address", cluster.dashboard)
+    arguments = ["submit", path, "student.train.epochs=100000", *at]
+    with (tmp_path / "out.txt").open("w") as out, (tmp_path / "err.txt").open("w") as err:
+        following = subprocess.Popen(
+            [sys.executable, "-c", CLI, *arguments], stdout=out, stderr=err, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "runs").glob("leases/*/*.json")):
+        assert time.monotonic() < deadline, (tmp_path / "err.txt").read_text()
+        assert following.poll() is None, (tmp_path / "err.txt").read_text()
+        time.sleep(0.2)
+    following.send_signal(signal.SIGINT)
+    assert following.wait(30) == 130
+    told = (tmp_path / "err.txt").read_text()
+    assert "To follow it again: stillhouse logs raysubmit_" in told
+    assert "Traceback" not in told
+    assert "To run: 1 student stage." in (tmp_path / "out.txt").read_text()
+    job = told.split("job ")[1].split()[0]
+    shown = command("status", *at, cwd=tmp_path).stdout
+    assert any(line.split()[:3] == [job, "submitted", "RUNNING"] for line in shown.splitlines()), shown
+    stopped = command("stop", job, *at, cwd=tmp_path)
+    assert stopped.stdout == f"job {job}: STOPPED\n", stopped.stderr
+    log = command("logs", job, *at, cwd=tmp_path).stdout
+    assert "interrupted: running stages stop after their epoch" in log
+    assert "the same command goes on from the store" in log  # it ended by itself: nobody killed it
+    assert len(list((tmp_path / "runs").glob("work/*/*/manifest.json"))) >= 1
+    assert command("stop", job, *at, cwd=tmp_path).stdout == f"job {job} has ended already: STOPPED\n"
+    unknown = command("logs", "job-that-never-was", *at, cwd=tmp_path)
+    assert (unknown.returncode, unknown.stderr[:7]) == (2, "error: ")
+
+
 def wait_for_nodes(cluster: Cluster, num_nodes: int, tmp_path: Path) -> None:
     code = (
         "import ray, sys, time; ray.init(log_to_driver=False); end = time.monotonic() + 60\n"
@@ -251,51 +305,8 @@ def test_preflight_asks_every_node(cluster: Cluster, worker: Worker, tmp_path: P
     assert refused.returncode == 2
     assert "error: other-host: source" in refused.stderr
     assert list(Store(str(tmp_path / "runs")).keys()) == []
-    submitted = command("submit", path, "--address", cluster.dashboard, cwd=tmp_path, PYTHONPATH=str(worker.source))
+    submitted = command(
+        "submit", path, "--address", cluster.dashboard, cwd=tmp_path, PYTHONPATH=str(worker.source)
+    )
     assert submitted.returncode == 2
     assert "this job was submitted by another version. Stillhouse there is" in submitted.stdout
-
-
-def test_a_stopped_job_ends_its_epoch_and_goes_on_later(cluster: Cluster, tmp_path: Path) -> None:
-    at = ("--address", cluster.dashboard)
-    path = experiment_file(tmp_path)
-    detached = command("submit", path, "student.train.epochs=100000", "--detach", *at, cwd=tmp_path)
-    assert detached.returncode == 0, detached.stderr
-    job = detached.stdout.strip()
-    deadline = time.monotonic() + 90
-    while not list((tmp_path / "runs").glob("leases/*/*.json")):
-        assert time.monotonic() < deadline, command("logs", job, *at, cwd=tmp_path).stdout
-        time.sleep(0.5)
-    shown = command("status", *at, cwd=tmp_path).stdout
-    assert any(line.split()[:3] == [job, "submitted", "RUNNING"] for line in shown.splitlines()), shown
-    stopped = command("stop", job, *at, cwd=tmp_path)
-    assert stopped.stdout == f"job {job}: STOPPED\n", stopped.stderr
-    log = command("logs", job, *at, cwd=tmp_path).stdout
-    assert "interrupted: running stages stop after their epoch" in log
-    assert "the same command goes on from the store" in log  # it ended by itself: nobody killed it
-    assert len(list((tmp_path / "runs").glob("work/*/*/manifest.json"))) >= 1
-    assert command("stop", job, *at, cwd=tmp_path).stdout == f"job {job} has ended already: STOPPED\n"
-    assert command("logs", "job-that-never-was", *at, cwd=tmp_path).returncode == 2
-
-
-def test_ctrl_c_detaches_from_a_job(cluster: Cluster, tmp_path: Path) -> None:
-    path = experiment_file(tmp_path)
-    arguments = ["submit", path, "student.train.epochs=100000", "--address", cluster.dashboard]
-    with (tmp_path / "out.txt").open("w") as out, (tmp_path / "err.txt").open("w") as err:
-        following = subprocess.Popen(
-            [sys.executable, "-c", CLI, *arguments], stdout=out, stderr=err, cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        )  # fmt: skip
-    deadline = time.monotonic() + 90
-    while "1 trials" not in (tmp_path / "out.txt").read_text():
-        assert time.monotonic() < deadline, (tmp_path / "err.txt").read_text()
-        time.sleep(0.2)
-    following.send_signal(signal.SIGINT)
-    assert following.wait(30) == 130
-    told = (tmp_path / "err.txt").read_text()
-    assert "To follow it again: stillhouse logs raysubmit_" in told
-    assert "Traceback" not in told
-    job = told.split("job ")[1].split()[0]
-    shown = command("status", job, "--address", cluster.dashboard, cwd=tmp_path).stdout
-    assert "RUNNING" in shown
-    assert command("stop", job, "--address", cluster.dashboard, cwd=tmp_path).returncode == 0
