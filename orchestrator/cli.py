@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from orchestrator.cli_cluster import add_cluster_commands
 from orchestrator.errors import ConfigurationError, StillhouseError
@@ -84,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
         listing = commands.add_parser(name, help=help_text)
         listing.add_argument("name", nargs="?", help="show only this one")
         listing.set_defaults(command=function)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_doctor(commands: Any) -> None:
     doctor = commands.add_parser("doctor", help="look for what is wrong with this machine or cluster")
     doctor.add_argument("--storage", default="runs", help="the storage to try (default: runs)")
     doctor.add_argument("--tracking", default=None, help="an MLflow tracking URI to try")
@@ -92,7 +98,6 @@ def _parser() -> argparse.ArgumentParser:
         help="accept that jobs are taken from anybody at this address (also STILLHOUSE_ALLOW_OPEN, by commas)",
     )  # fmt: skip
     doctor.set_defaults(command=_doctor)
-    return parser
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -64,7 +64,8 @@ def connect_jobs(address: str) -> JobSubmissionClient:
 def job_states(client: JobSubmissionClient, job: str | None = None) -> list[JobState]:
     """All submitted jobs, the newest first, or the one that is named."""
     if job is not None:
-        return [_state(_asked(lambda: client.get_job_info(_checked(job)), job))]
+        name = _checked(job)
+        return [_state(_asked(lambda: client.get_job_info(name), job))]
     found = [details for details in _asked(client.list_jobs, "jobs") if details.submission_id]
     return sorted((_state(details) for details in found), key=lambda state: -state.since)
 
@@ -86,7 +87,8 @@ def jobs_text(states: list[JobState], *, complete: bool = False) -> str:
 
 def job_log(client: JobSubmissionClient, job: str) -> str:
     """What a job has printed so far."""
-    return str(_asked(lambda: client.get_job_logs(_checked(job)), job))
+    name = _checked(job)
+    return str(_asked(lambda: client.get_job_logs(name), job))
 
 
 def follow_job(client: JobSubmissionClient, job: str, address: str) -> int:
@@ -111,7 +113,8 @@ def follow_job(client: JobSubmissionClient, job: str, address: str) -> int:
 
 def stop_job(client: JobSubmissionClient, job: str) -> bool:
     """Ask a job to stop, as Ctrl-C would: its running epochs end first. False if it had ended already. Does not wait."""
-    return bool(_asked(lambda: client.stop_job(_checked(job)), job))
+    name = _checked(job)
+    return bool(_asked(lambda: client.stop_job(name), job))
 
 
 async def _show(client: JobSubmissionClient, job: str) -> None:

@@ -21,7 +21,7 @@ from orchestrator.store import Store
 from orchestrator.submit_jobs import connect_jobs, job_log
 
 KEY = "ab" * 32
-NAMES = ["../x", "/x", "a/b", "..", ".hidden", "a\x00b", "a" * 101, "", "a b", "-x", "a\nb"]
+NAMES = ["../x", "/x", "a/b", "..", ".hidden", "a\x00b", "z" * 101, "", "a b", "-x", "a\nb"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -34,8 +34,6 @@ def test_a_name_that_could_become_another_path(name: str, tmp_path: Path) -> Non
         with pytest.raises(ConfigurationError):
             parse_experiment(document(changes), BUILTIN)
     store = Store(str(tmp_path / "runs"))
-    with pytest.raises(ValueError, match="document lies in a folder|must be plain"):
-        store.write_json(f"failures/{name}", {})
     for use in (
         store.has,
         store.manifest,
@@ -45,7 +43,9 @@ def test_a_name_that_could_become_another_path(name: str, tmp_path: Path) -> Non
     ):
         with pytest.raises(ValueError, match="a key is"):
             use(name)
-    if name != "a" * 101:
+    if name != "z" * 101:
+        with pytest.raises(ValueError, match="a document lies in a folder"):
+            store.write_json(f"failures/../{name}", {})
         with pytest.raises(ValueError, match="file name must be plain"):
             store.put(KEY, {name: b"x"}, {})
         with pytest.raises(ConfigurationError, match="a job is named by"):
@@ -104,9 +104,8 @@ def test_a_planted_pickle_is_never_loaded(tmp_path: Path) -> None:
     content = {"method": "supervised"}
     manifest = {"content": content, "settings": {}, "model": {"name": "tiny_mlp"}, "task": task, "inputs": {}}
     store.put(KEY, {"weights.safetensors": bomb, "weights.pt": bomb, "history.json": bomb}, manifest)
-    with pytest.raises(Exception) as refusal:  # whatever safetensors raises for bytes that are none
+    with pytest.raises(DamagedArtifactError, match="is no safetensors file"):
         load_source(store, KEY, BUILTIN)
-    assert "safetensor" in f"{type(refusal.value)}{refusal.value}".lower()
     store.checkpoints(KEY).save({"step": 1})
     (newest,) = (tmp_path / "runs" / "work" / KEY).iterdir()
     for file in newest.iterdir():
