@@ -36,6 +36,7 @@ PURE = (
     "settings",
     "search",
     "dispatch",
+    "references",
     "redact",
     "portable",
     "preflight_judge",

@@ -24,6 +24,7 @@ COMMANDS = (
     "logs",
     "stop",
     "show",
+    "export",
     "methods",
     "models",
     "doctor",
@@ -201,6 +202,7 @@ def test_a_report_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     ("arguments", "expected"),
     [
         (["show", "abcd"], "--storage: 'runs' is not a folder"),
+        (["export", "abcd"], "--storage: 'runs' is not a folder"),
         (["show", "abcd", "--storage", "."], "no artifact in"),
         (["show", "xyz", "--storage", "."], "the start of a key is lower-case hexadecimal, got 'xyz'"),
         (["methods", "kdd"], "'kdd' is not a method; did you mean 'kd'?"),
