@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--storage", default="runs", help="where the artifacts are (default: runs)")
     export.add_argument("--output", metavar="FILE", help="the file to write (default: KEY.onnx)")
     export.set_defaults(command=_export)
+    _add_listings(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_listings(commands: Any) -> None:
     for name, function, help_text in (
         ("methods", _methods, "what can be learnt from what, with settings and defaults"),
         ("models", _models, "the networks, with their parameter counts"),
@@ -95,8 +101,6 @@ def _parser() -> argparse.ArgumentParser:
         listing = commands.add_parser(name, help=help_text)
         listing.add_argument("name", nargs="?", help="show only this one")
         listing.set_defaults(command=function)
-    _add_doctor(commands)
-    return parser
 
 
 def _add_doctor(commands: Any) -> None:
