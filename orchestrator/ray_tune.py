@@ -33,6 +33,7 @@ from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.errors import ConfigurationError
 from orchestrator.loop import Row
 from orchestrator.plan import Planner, Point, Trial
+from orchestrator.secrecy import hide_in_logs
 from orchestrator.spec import RunSettings, SchedulerSettings
 from orchestrator.trial import TrialRunner
 
@@ -338,6 +339,7 @@ def drive(
 
 
 def _run_trial(config: dict[str, Any], function: _TrialFunction) -> None:
+    hide_in_logs()
     function(config)
 
 
@@ -364,7 +366,7 @@ def make_scheduler(settings: SchedulerSettings, planner: Planner) -> Any:
 
 @contextlib.contextmanager
 def _interruptible(interrupt: Callable[[], None]) -> Iterator[None]:
-    """First Ctrl-C: finish cleanly. Second: now."""
+    """First Ctrl-C, or SIGTERM (a job that is stopped, a node that is drained): finish cleanly. Second: now."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -376,8 +378,9 @@ def _interruptible(interrupt: Callable[[], None]) -> Iterator[None]:
             raise KeyboardInterrupt
         interrupt()
 
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
