@@ -164,7 +164,6 @@ class Sweep:
 
     def _drive(self, endings: Endings, log: SweepLog, display: Display, run_id: str) -> _Run:
         dispatcher = self._dispatcher(endings.recall)
-        recalled = [(dispatcher.trials[key], outcome) for key, outcome in dispatcher.outcomes.items()]
         costs = CostHistory(self.store)
         spending = Spending(Account(self.store, self.spec.name, run_id), self.spec.run)
         run = _Run(dispatcher, spending, Stopper(dispatcher, self.store, display, run_id))
@@ -175,12 +174,11 @@ class Sweep:
             dispatcher, self.store, log, display, name=self.spec.name, objective=self.spec.search.objectives[0],
             endings=endings, costs=costs, slots=slots, spending=spending, stopper=run.stopper,
         )  # fmt: skip
-        for trial, outcome in recalled:
-            if not log.knows(trial):
-                monitor.log_trial(trial, outcome)
+        monitor.log_recalled()
         try:
             if not dispatcher.finished:
                 self._run_on_ray(run, monitor, run_id, slots)
+                monitor.log_recalled()
         finally:
             spending.write(now=True)
             run.stopper.clear()
