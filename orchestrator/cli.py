@@ -1,4 +1,4 @@
-"""The command line: ``stillhouse plan | run | results | show | methods | models | doctor``.
+"""The command line: ``stillhouse plan | run | results | show | export | methods | models | doctor``.
 
 Exit codes: 0 done; 1 some trials failed; 2 the experiment file, or the machine, is wrong; 130 interrupted.
 """
@@ -12,8 +12,12 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.errors import ConfigurationError, StillhouseError
+
+if TYPE_CHECKING:
+    from orchestrator.store import Store
 
 __all__ = ["main"]
 
@@ -75,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("key", metavar="KEY", help="its key, or the first digits of it")
     show.add_argument("--storage", default="runs", help="where the artifacts are (default: runs)")
     show.set_defaults(command=_show)
+    export = commands.add_parser(
+        "export", help="write a trained network as ONNX, checked against the original"
+    )
+    export.add_argument("key", metavar="KEY", help="its key, or the first digits of it")
+    export.add_argument("--storage", default="runs", help="where the artifacts are (default: runs)")
+    export.add_argument("--output", metavar="FILE", help="the file to write (default: KEY.onnx)")
+    export.set_defaults(command=_export)
     for name, function, help_text in (
         ("methods", _methods, "what can be learnt from what, with settings and defaults"),
         ("models", _models, "the networks, with their parameter counts"),
@@ -133,14 +144,30 @@ def _results(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     from orchestrator.describe import artifact_text
+
+    print(artifact_text(_existing_store(options.storage), options.key))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from orchestrator.export import export_artifact
+
+    store = _existing_store(options.storage)
+    key = store.find(options.key)
+    path = Path(options.output or f"{key[:12]}.onnx")
+    difference = export_artifact(store, key, path)
+    print(f"{path}: largest difference from the network {difference:.1e} of the largest logit")
+    return 0
+
+
+def _existing_store(storage: str) -> Store:
     from orchestrator.store import Store
 
-    if "://" not in options.storage and not Path(options.storage).is_dir():
+    if "://" not in storage and not Path(storage).is_dir():
         raise ConfigurationError(
-            f"--storage: {options.storage!r} is not a folder; name the run.storage of the experiment"
+            f"--storage: {storage!r} is not a folder; name the run.storage of the experiment"
         )
-    print(artifact_text(Store(options.storage), options.key))
-    return 0
+    return Store(storage)
 
 
 def _methods(options: argparse.Namespace) -> int:

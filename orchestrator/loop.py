@@ -173,7 +173,7 @@ class _Run:
         """One optimizer step; gives the values of the last micro-batch."""
         state, stream = self.state, self.training
         num_rows = min(stream.batch_size, stream.num_samples - state.position * stream.batch_size)
-        micro_batches = _split(batch, self.settings.accumulate)
+        micro_batches = _split(batch, self.settings.accumulate, num_rows // self.workers.size)
         totals = []
         for micro in micro_batches:
             share = len(micro.labels) * self.workers.size / num_rows
@@ -272,15 +272,14 @@ class _Run:
         )
 
 
-def _split(batch: Batch, num_parts: int) -> list[Batch]:
-    """Micro-batches of nearly equal size, none of a single row: batch norm could not train on that."""
-    num_parts = max(1, min(num_parts, len(batch.labels) // 2))
+def _split(batch: Batch, num_parts: int, num_rows: int) -> list[Batch]:
+    """Micro-batches of two rows or more (batch norm), as many on every worker: by ``num_rows`` of the smallest share."""
+    num_parts = max(1, min(num_parts, num_rows // 2))
     if num_parts == 1:
         return [batch]
-    columns = (column.tensor_split(num_parts) for column in (batch.images, batch.labels, batch.indices))
-    return [
-        Batch(images, labels, indices, batch.epoch) for images, labels, indices in zip(*columns, strict=True)
-    ]
+    present = [name for name, value in zip(Batch._fields, batch, strict=True) if isinstance(value, Tensor)]
+    columns = (getattr(batch, name).tensor_split(num_parts) for name in present)
+    return [batch._replace(**dict(zip(present, parts, strict=True))) for parts in zip(*columns, strict=True)]
 
 
 def _refuse_misfit(

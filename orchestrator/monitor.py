@@ -168,7 +168,7 @@ class Monitor:
             if cost is None:
                 return None
             running = current.get(stage.key)
-            total += cost * (1 - running.epoch / running.epochs) if running else cost
+            total += cost * (1 - running.epoch / max(running.epochs, 1)) if running else cost
         return total / self._slots
 
     def _remember_best(self, trial: Trial) -> None:

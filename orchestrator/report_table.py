@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from orchestrator.spec import Objective
-from orchestrator.statistics import paired_difference, spread
+from orchestrator.statistics import PairedDifference, holm, paired_difference, spread
 
 __all__ = ["Cost", "Objective", "TrialRow", "best", "cost", "on_test", "selected", "table"]
 
@@ -75,7 +75,8 @@ def table(
 
     Columns: ``point``, ``label``, one per swept setting, ``seeds``; per objective its mean and ``... std`` on
     validation and, where measured, on test; ``difference (SPLIT)`` to the baseline (a label or point id) for the
-    first objective with ``low``, ``high`` and ``pairs``, on test where measured, else on validation; ``parameters``,
+    first objective with ``low``, ``high``, ``pairs``, ``pair std``, ``p`` and ``adjusted p`` (for the number of points
+    compared), on test where measured, else on validation; ``parameters``,
     ``seconds``, ``shared_seconds`` (means per trial), ``status``, ``reason``. Numbers stay numbers; what is not known
     is NaN. ``attrs`` keeps objectives, baseline and settings for the text forms.
     """
@@ -95,6 +96,8 @@ def table(
             line |= _difference(point, reference, objectives[0], split)
         lines.append(line | _ending(point))
     frame = pd.DataFrame(lines)
+    if reference and lines:
+        frame["adjusted p"] = holm(frame["p"].tolist())
     if lines:
         frame = _sorted(frame, objectives[0])
     frame.attrs = {
@@ -159,13 +162,16 @@ def _difference(
 ) -> dict[str, float]:
     name = objective.name if split == "validation" else on_test(objective.name)
     if point[0].point in {row.point for row in reference}:
-        return {f"difference ({split})": math.nan, "low": math.nan, "high": math.nan, "pairs": 0}
-    result = paired_difference(_by_seed(point, name), _by_seed(reference, name))
+        result = PairedDifference(mean=math.nan, low=math.nan, high=math.nan, num_pairs=0)
+    else:
+        result = paired_difference(_by_seed(point, name), _by_seed(reference, name))
     return {
         f"difference ({split})": result.mean,
         "low": result.low,
         "high": result.high,
         "pairs": result.num_pairs,
+        "pair std": result.std,
+        "p": result.p_value,
     }
 
 

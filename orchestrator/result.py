@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load as load_tensors
 
-from methods.base import Task
 from orchestrator import report
-from orchestrator.bundle import BundleSettings, write_bundle
+from orchestrator.bundle import bundle_settings, write_bundle
 from orchestrator.errors import StorageError
 from orchestrator.plan import Point, Trial
 from orchestrator.report import Report, TrialRow
@@ -120,15 +119,7 @@ class Result:
 
     def write_best(self, trial: Trial) -> Path:
         """Write the student of ``trial`` as a bundle: ``model.json`` and ``weights.safetensors``."""
-        manifest: dict[str, Any] = self.store.manifest(trial.key)
-        settings = BundleSettings(
-            model=manifest["model"]["name"],
-            task=Task(**manifest["task"]),
-            mean=tuple(manifest["normalisation"]["mean"]),
-            std=tuple(manifest["normalisation"]["std"]),
-            class_names=tuple(manifest["class_names"]),
-            key=trial.key,
-        )
+        settings = bundle_settings(trial.key, self.store.manifest(trial.key))
         weights = load_tensors(self.store.read(trial.key, "weights.safetensors"))
         return write_bundle(self.folder / "best", settings, weights)
 

@@ -20,7 +20,19 @@ MAX_FUNCTION_LINES = 40
 RAY = {"orchestrator/ray_tune.py", "orchestrator/ray_train.py", "orchestrator/group_failures.py", "orchestrator/submit.py"}  # fmt: skip
 MLFLOW = {"orchestrator/tracking.py"}
 OPTUNA = {"orchestrator/search.py"}
-PURE = ("plan", "placement", "space", "keys", "spec", "chain", "reader", "settings", "search", "dispatch")
+PURE = (
+    "plan",
+    "placement",
+    "space",
+    "keys",
+    "spec",
+    "chain",
+    "reader",
+    "settings",
+    "search",
+    "dispatch",
+    "references",
+)
 OUTSIDE = {"ray", "mlflow", "fsspec", "s3fs", "boto3", "requests", "urllib", "socket", "subprocess", "shutil", "tempfile", "os", "pathlib", "io", "time"}  # fmt: skip
 IMPURE = {
     f"orchestrator.{name}"

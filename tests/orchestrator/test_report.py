@@ -200,3 +200,35 @@ def test_names_are_shortened_only_where_unique() -> None:
 def test_differences_carry_a_sign() -> None:
     assert signed(0.5, "student.top1") == "+0.50"
     assert signed(-0.01234, "student.loss") == "-0.0123"
+
+
+def compared(name: str, gains: tuple[float, ...]) -> list[TrialRow]:
+    return [row(name, seed, 71.0, 69.0 + seed + gain) for seed, gain in enumerate(gains)]
+
+
+def verdict_lines(rows: list[TrialRow]) -> str:
+    return to_markdown(Report(name="sweep", rows=rows, objectives=TOP1, baseline="kd"))
+
+
+def test_verdicts_are_corrected_for_the_number_of_points_compared() -> None:
+    close = compared("close", (1.0, 1.3, 0.6))  # p = 0.042 alone
+    others = [point for number in range(3) for point in compared(f"other{number}", (0.5, -0.5, 0.1))]
+    assert "**better**" in verdict_lines([*kd(), *close])
+    many = verdict_lines([*kd(), *close, *others])
+    assert "**better**" not in many
+    assert "among so many comparisons (p 0.17 after correction)" in many
+    frame = table([*kd(), *close, *others], TOP1, baseline="kd").set_index("point")
+    assert frame["adjusted p"]["close"] == pytest.approx(4 * frame["p"]["close"])
+
+
+def test_an_open_verdict_says_how_many_more_seeds_would_tell() -> None:
+    assert "about 1 more seed would tell" in verdict_lines([*kd(), *compared("p", (1.0, 1.6, 0.4))])
+    assert "hardly tell them apart" in verdict_lines([*kd(), *compared("p", (0.5, -0.5, 0.01))])
+
+
+def test_the_best_epoch_is_told_beside_the_last() -> None:
+    rows = [row("p", seed, 70.0, 69.0) for seed in range(2)]
+    for one, best_top1 in zip(rows, (70.2, 70.6), strict=True):
+        one.metrics["student.best_top1"] = best_top1
+    text = to_markdown(Report(name="sweep", rows=rows, objectives=TOP1))
+    assert "best epoch reads +0.40 on validation" in text

@@ -92,7 +92,7 @@ def prepared(experiment: Experiment) -> tuple[StageExecute, PlannedStage, Store]
     sweep = experiment._sweep
     ship_by_value(sweep.spec.catalog)
     runner = StageRunner(
-        sweep.store, sweep.spec.catalog, sweep.spec.data, sweep.spec.run, sweep.spec.data.source.load
+        sweep.store, sweep.spec.catalog, sweep.spec.run, lambda section: section.source.load()
     )
     return StageExecute(runner), sweep.planner.trial(Point(), 0).final, sweep.store
 
