@@ -69,6 +69,9 @@ class SweepListener(Protocol):
 
     def trial_started(self, trial: Trial) -> None: ...
 
+    def trial_placed(self, trial: Trial) -> None:
+        """The trial holds its resources from now on; again after its process died."""
+
     def trial_row(self, trial: Trial, row: Row) -> None: ...
 
     def trial_ended(self, trial: Trial, outcome: Outcome) -> None: ...
@@ -230,6 +233,10 @@ class _DispatchSearcher(Searcher):
         if outcome.status != "deferred":
             self._listener.trial_ended(trial, outcome)
 
+    def placed(self, trial_id: str) -> None:
+        if trial_id in self._trials:
+            self._listener.trial_placed(self._trials[trial_id])
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the store knows what is finished."""
 
@@ -254,7 +261,7 @@ def _outcome(result: Mapping[str, Any], row: Row | None) -> Outcome:
 
 
 class _Watch(tune.Callback):
-    """Lets the listener look around while no trial reports, and learns why a trial died."""
+    """Lets the listener look around while no trial reports, and learns when a trial got its place or died."""
 
     def __init__(self, listener: SweepListener, searcher: _DispatchSearcher) -> None:
         self._listener = listener
@@ -262,6 +269,9 @@ class _Watch(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._listener.tick()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._searcher.placed(trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._searcher.died(trial.trial_id, str(trial.get_error() or ""))

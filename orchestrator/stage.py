@@ -24,6 +24,7 @@ from methods.data.randomness import derive_seed
 from methods.data.split import stratified_split
 from methods.data.stream import Stream
 from methods.data.thin import thin
+from orchestrator.cost import stage_resources
 from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError, DamagedArtifactError, OutOfMemoryError
 from orchestrator.fence import OPEN, Fence, FencedSlot
@@ -209,11 +210,13 @@ class StageRunner:
         }
 
     def _cost(self, stage: PlannedStage, training: Training) -> dict[str, float]:
-        gpus = self.run.for_stage(stage.name).gpus_per_worker * self.workers.size
+        """``cpu_seconds`` were used by the processes; ``held_cpu_seconds`` and ``gpu_seconds`` were reserved."""
+        held = stage_resources(self.run, stage.name)
         return {
             "seconds": training.seconds,
             "cpu_seconds": training.cpu_seconds,
-            "gpu_seconds": training.seconds * gpus,
+            "held_cpu_seconds": training.worker_seconds * held.cpus_per_worker,
+            "gpu_seconds": training.worker_seconds * held.gpus_per_worker,
             "peak_memory_bytes": training.peak_memory_bytes,
             "resumed_epochs": training.resumed_epochs,
         }

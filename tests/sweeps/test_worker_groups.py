@@ -190,6 +190,11 @@ def test_mixed_trial(cluster: Cluster, tmp_path: Path) -> None:
     manifests = {key: store.manifest(key) for key in list(store.keys())}
     workers = sorted((made["name"], made["placement"]["workers"]) for made in manifests.values())
     assert workers == [("student", 1), ("student", 1), ("teacher", 2)]
+    (teacher,) = (made["cost"] for made in manifests.values() if made["name"] == "teacher")
+    assert teacher["held_cpu_seconds"] == pytest.approx(2 * teacher["seconds"])
+    assert mixed.spent.finished.cpu_seconds > sum(
+        made["cost"]["held_cpu_seconds"] for made in manifests.values()
+    )
     assert sorted(reference.keys()) == sorted(manifests)
     for key in manifests:
         ours, theirs = (load(kept.read(key, "weights.safetensors")) for kept in (store, reference))
