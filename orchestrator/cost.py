@@ -138,8 +138,11 @@ class Resources:
 
 def stage_resources(run: RunSettings, stage_name: str) -> Resources:
     """What the stage ``stage_name`` holds while it runs. The one place that knows: plan, budget and reports ask here."""
+    wanted = run.for_stage(stage_name)
     return Resources(
-        workers=run.workers, cpus_per_worker=run.cpus_per_worker, gpus_per_worker=run.gpus_per_worker
+        workers=wanted.workers,
+        cpus_per_worker=wanted.cpus_per_worker,
+        gpus_per_worker=wanted.gpus_per_worker,
     )
 
 

@@ -28,6 +28,7 @@ from methods.data.thin import thin
 from orchestrator.cost import stage_resources
 from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError, DamagedArtifactError, OutOfMemoryError
+from orchestrator.fence import OPEN, Fence, FencedSlot
 from orchestrator.loop import Row, Training, evaluate, train
 from orchestrator.optimisation import TrainSettings
 from orchestrator.plan import PlannedStage
@@ -86,14 +87,17 @@ class StageRunner:
     run: RunSettings
     load_data: Callable[[DataSettings], ImageData]
     workers: Workers = SOLO
+    fence: Fence = OPEN
+    """Refuses what this process would write when another has taken over its stage."""
 
     def execute(self, stage: PlannedStage, report: Callable[[Row], bool | None]) -> None:
         """Train ``stage`` (from its last checkpoint, if there is one) and put its artifact into the store.
 
         ``report`` gets each epoch's row on the first worker; it may raise, or return True, to stop.
         """
-        torch.set_num_threads(self.run.cpus_per_worker)
-        device = pick_device(self.run.gpus_per_worker)
+        wanted = self.run.for_stage(stage.name)
+        torch.set_num_threads(wanted.cpus_per_worker)
+        device = pick_device(wanted.gpus_per_worker)
         data = self.load_data(stage.data)
         task = data.task()
         with out_of_memory_named(stage, device):
@@ -123,7 +127,7 @@ class StageRunner:
             seed=derive_seed(stage.seed, "train", stage.spec.method),
             device=device,
             workers=self.workers,
-            checkpoints=self.store.checkpoints(stage.key),
+            checkpoints=FencedSlot(self.store.checkpoints(stage.key), self.fence),
             observe=report,
             checkpoint_seconds=self.run.checkpoint_seconds,
         )
@@ -188,6 +192,7 @@ class StageRunner:
                 "device": device_name(device),
                 "workers": self.workers.size,
                 "batch_per_worker": stage.spec.train.batch_size // self.workers.size,
+                "batch_scale": stage.spec.batch_scale,
             },
             "versions": versions(),
             "finished": time.time(),
@@ -197,6 +202,7 @@ class StageRunner:
             "weights.safetensors": save_tensors(weights),
             "history.json": json.dumps(training.history).encode(),
         }
+        self.fence.check()
         self.store.put(stage.key, files, manifest)
         self.store.checkpoints(stage.key).delete()
 

@@ -113,7 +113,9 @@ class Sweep:
             absolute(self.tracking_uri),
             files_on_every_node(self.spec),
             lease_seconds=self.spec.run.lease_seconds,
-            needs_gpu=self.spec.run.gpus_per_worker > 0,
+            needs_gpu=any(
+                self.spec.run.for_stage(name).gpus_per_worker > 0 for name in self.spec.stage_names
+            ),
             allow_open=allowed_open(),
         )
 
@@ -189,7 +191,7 @@ class Sweep:
 
         connect()
         self._refuse_unfit_cluster()
-        return trial_slots(self.spec.run)
+        return trial_slots(self.spec)
 
     def _refuse_unfit_cluster(self) -> None:
         """On several nodes, each is asked first whether it can do its part; on one there is nothing to compare."""
@@ -199,12 +201,11 @@ class Sweep:
             raise ConfigurationError(*problems, "nothing was started; `stillhouse preflight` shows the table")
 
     def _run_on_ray(self, run: _Run, monitor: Monitor, run_id: str, slots: int) -> None:
-        from orchestrator.ray_train import DistributedExecute
+        from orchestrator.ray_train import StageExecute
         from orchestrator.ray_tune import SharedData, drive
 
         stages = StageRunner(self.store, self.spec.catalog, self.spec.run, SharedData(self._load_data()))
-        execute = stages.execute if self.spec.run.workers == 1 else DistributedExecute(stages)
-        runner = TrialRunner(self.store, execute, self.spec.search.objectives, run_id)
+        runner = TrialRunner(self.store, StageExecute(stages), self.spec.search.objectives, run_id)
         drive(self.planner, runner, run.dispatcher, monitor, slots=slots, interrupt=run.stopper.interrupt)
 
     def _load_data(self) -> Iterator[tuple[str, ImageData]]:
