@@ -32,6 +32,7 @@ from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.errors import ConfigurationError
 from orchestrator.loop import Row
 from orchestrator.plan import Planner, Point, Trial
+from orchestrator.ray_nodes import num_promised_workers, wait_for_workers
 from orchestrator.spec import RunSettings, SchedulerSettings
 from orchestrator.trial import TrialRunner
 
@@ -101,6 +102,7 @@ def connect() -> None:
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if os.environ.get("RAY_ADDRESS") or _cluster_is_here():
         ray.init(**options)
+        wait_for_workers(num_promised_workers())
     else:
         ray.init(address="local", include_dashboard=False, **options)
 
