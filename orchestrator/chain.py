@@ -29,6 +29,8 @@ class StageSpec:
     train: TrainSettings
     seed: int | Literal["trial"]
     inputs: Mapping[str, str]
+    batch_scale: int = 1
+    """By how much ``run.batch: scale`` has multiplied batch size and learning rate in ``train``."""
 
 
 Chain = dict[str, StageSpec]
