@@ -89,7 +89,9 @@ def commands(heading: str) -> list[str]:
     """The shell commands below a heading of the README, in order."""
     text = (REPOSITORY / "cluster" / "README.md").read_text(encoding="utf-8")
     section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    found = [line for block in re.findall(r"```sh\n(.*?)```", section, re.DOTALL) for line in block.splitlines()]
+    found = [
+        line for block in re.findall(r"```sh\n(.*?)```", section, re.DOTALL) for line in block.splitlines()
+    ]
     assert found
     return found
 
@@ -129,7 +131,9 @@ def make_environment(host: Host) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
     seen_inside = Path.home() / ".stillhouse" / "venv"
     (packages,) = place.glob("lib/python*/site-packages")
-    (packages / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    (packages / "dependencies.pth").write_text(
+        "\n".join(path for path in sys.path if path.endswith("site-packages"))
+    )
     ray = place / "bin" / "ray"
     ray.write_text(f"#!{seen_inside}/bin/python\nfrom ray.scripts.scripts import main\n\nmain()\n")
     ray.chmod(0o755)
@@ -198,7 +202,7 @@ def check_ports(site: Site) -> None:
 
 def check_results(site: Site) -> None:
     store = Store(str(site.storage))
-    manifests = [store.manifest(key) for key in store.keys()]
+    manifests = list(map(store.manifest, store.keys()))
     assert sorted(manifest["placement"]["workers"] for manifest in manifests) == [1, 1, 2]
     client = MlflowClient(f"sqlite:///{site.storage / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'two-hosts'")
