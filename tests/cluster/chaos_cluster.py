@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import threading
 import time
@@ -16,6 +17,7 @@ HEAD, TRACKING, NODES = "head", "tracking", ("a", "b")
 EVERY_HOST = (HEAD, *NODES, TRACKING)
 PORT, TRACKING_PORT = 6379, 5000
 OBJECT_STORE_BYTES = 100_000_000
+TEND_SECONDS = 1.0
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -43,6 +45,7 @@ class Cluster:
     hosts: Hosts
     folder: Path
     _joining: dict[str, threading.Thread] = field(default_factory=dict)
+    _tended: float = 0.0
     _tracking: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
@@ -80,6 +83,9 @@ class Cluster:
 
     def tend(self) -> None:
         """Let every node that is up and has no Ray join, in the background: the part of an autoscaler, or of an operator."""
+        if time.monotonic() - self._tended < TEND_SECONDS:
+            return
+        self._tended = time.monotonic()
         for name in NODES:
             joining = self._joining.get(name)
             is_joining = joining is not None and joining.is_alive()
@@ -94,7 +100,12 @@ class Cluster:
         )
 
     def has_raylet(self, name: str) -> bool:
-        return any("/raylet/raylet " in process.title for process in self.processes((name,)))
+        return self.raylet(name) is not None
+
+    def raylet(self, name: str) -> int | None:
+        """The process that makes a host a node of the cluster."""
+        found = [process.pid for process in self.processes((name,)) if "/raylet/raylet " in process.title]
+        return found[0] if found else None
 
     def leave_lost_cluster(self) -> None:
         """What an operator does on every node whose head is gone."""
@@ -156,8 +167,6 @@ class Cluster:
             "import json, ray; ray.init(log_to_driver=False, configure_logging=False); "
             "print(json.dumps([ray.cluster_resources(), ray.available_resources()]))"
         )
-        import json
-
         done = self.hosts[HEAD].run(
             ["python", "-c", code], env={**self.environment, "RAY_ADDRESS": self.address}
         )
