@@ -18,13 +18,14 @@ EVERY_HOST = (HEAD, *NODES, TRACKING)
 PORT, TRACKING_PORT = 6379, 5000
 OBJECT_STORE_BYTES = 100_000_000
 TEND_SECONDS = 1.0
+START_SECONDS = 240.0
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "2500",
+    "RAY_health_check_failure_threshold": "4",
 }
-"""A host that does not answer is given up after some five seconds; by default it takes Ray thirty."""
+"""A host that does not answer is given up after some ten seconds; by default it takes Ray about a minute."""
 RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_AutoscalingCoordinatorActor", "ray::IDLE")
 """Processes that belong to Ray's nodes, not to a sweep."""
 
@@ -74,9 +75,8 @@ class Cluster:
         tracking = threading.Thread(target=self.start_tracking, daemon=True)
         tracking.start()
         self.start_head()
-        self.tend()
-        wait_until(lambda: self.is_whole, 120, "both nodes to join")
-        tracking.join(120)
+        wait_until(self._has_joined, START_SECONDS, "both nodes to join")
+        tracking.join(START_SECONDS)
 
     def start_head(self) -> None:
         self._ray_start(HEAD, f"--head --port={PORT} --num-cpus=0 --include-dashboard=false")
@@ -107,6 +107,10 @@ class Cluster:
         found = [process.pid for process in self.processes((name,)) if "/raylet/raylet " in process.title]
         return found[0] if found else None
 
+    def _has_joined(self) -> bool:
+        self.tend()
+        return self.is_whole
+
     def leave_lost_cluster(self) -> None:
         """What an operator does on every node whose head is gone."""
         for name in NODES:
@@ -121,7 +125,7 @@ class Cluster:
             f"--backend-store-uri sqlite:///{self.folder}/tracking.db --artifacts-destination {self.folder}/tracking"
         )
         self._tracking = host.start(f"exec {command}", output=self.folder / "tracking.txt")
-        wait_until(self.tracking_answers, 120, "the tracking server")
+        wait_until(self.tracking_answers, START_SECONDS, "the tracking server")
 
     def stop_tracking(self) -> None:
         """Pull the plug of its host, and boot it again without the server."""
@@ -178,10 +182,12 @@ class Cluster:
 
     def _ray_start(self, name: str, options: str) -> None:
         address = self.hosts[name].address
-        self.hosts[name].run(
+        done = self.hosts[name].run(
             f"ray start {options} --node-ip-address={address} --disable-usage-stats --object-store-memory={OBJECT_STORE_BYTES}",
             env=self.environment, timeout=180, check=False,
         )  # fmt: skip
+        with (self.folder / "ray.txt").open("a") as log:
+            log.write(f"{name}: exit {done.returncode}\n{done.stdout}{done.stderr}\n")
 
 
 def wait_until(condition: Callable[[], bool], timeout_seconds: float, what: str) -> None:

@@ -26,7 +26,7 @@ def markdown(sweeps: Sequence[Sweep], verdict: str = "same bits") -> str:
     """One line per kind of fault, over all sweeps."""
     losses = [loss for sweep in sweeps for loss in sweep.losses()]
     injected = [item for sweep in sweeps for item in sweep.injected]
-    repeated = sum(len(sweep.watch.repeated) for sweep in sweeps)
+    repeated = sum(len(sweep.watch.broken) for sweep in sweeps)
     lines = [HEADER, ("---", "---", "---:", "---:", "---:", "---:", "---:", "---")]
     for kind, (what, promise) in PROMISES.items():
         own = [loss for loss in losses if loss.injected.fault.kind == kind]

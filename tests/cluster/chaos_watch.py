@@ -30,7 +30,7 @@ class Watch:
     storage: Path
     finished: dict[str, float] = field(default_factory=dict)
     """Key -> when its artifact was made."""
-    repeated: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
     """What was seen that must never be: a finished stage made again, two writers of one checkpoint."""
     peak_driver_bytes: int = 0
     peak_work_bytes: int = 0
@@ -43,7 +43,7 @@ class Watch:
             created = _read(manifest).get("created")
             key = manifest.parent.name
             if created is not None and self.finished.setdefault(key, created) != created:
-                self.repeated.append(f"artifact {key} was made again")
+                self.broken.append(f"artifact {key} was made again")
         self._look_for_two_writers()
         if driver is not None:
             self.peak_driver_bytes = max(self.peak_driver_bytes, _resident_bytes(driver))
@@ -76,7 +76,7 @@ class Watch:
         for manifest in self.storage.glob("work/*/*/manifest.json"):
             key, (number, _, mark) = manifest.parents[1].name, manifest.parent.name.partition("-")
             if self._checkpoints.setdefault((key, number), mark) != mark:
-                self.repeated.append(f"checkpoint {number} of {key} had two writers")
+                self.broken.append(f"checkpoint {number} of {key} had two writers")
             size += sum(_size(path) for path in manifest.parent.glob("*"))
         self.peak_work_bytes = max(self.peak_work_bytes, size)
 
