@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,9 @@ class Watch:
 
     def look(self, driver: int | None = None) -> None:
         """Take in what is there now; ``driver`` is the number of the driver's process."""
-        for manifest in self.storage.glob("artifacts/*/*/manifest.json"):
-            created = _read(manifest).get("created")
-            key = manifest.parent.name
+        for folder in _below(_below([self.storage / "artifacts"])):
+            created = _read(folder / "manifest.json").get("created")
+            key = folder.name
             if created is not None and self.finished.setdefault(key, created) != created:
                 self.broken.append(f"artifact {key} was made again")
         self._look_for_two_writers()
@@ -51,7 +53,7 @@ class Watch:
     def attempts(self, since: float = 0.0) -> list[Attempt]:
         """Stages that somebody has begun and not finished, with the epochs that were reported after ``since``."""
         found = []
-        for folder in self.storage.glob("leases/*"):
+        for folder in _below([self.storage / "leases"]):
             record = _newest_lease(folder)
             progress = record.get("progress", {})
             rows = progress.get("rows", [])
@@ -67,17 +69,17 @@ class Watch:
         return found
 
     def _saved_at(self, key: str) -> float:
-        manifests = self.storage.glob(f"work/{key}/*/manifest.json")
-        return max((_read(manifest).get("created", 0.0) for manifest in manifests), default=0.0)
+        folders = _below([self.storage / "work" / key])
+        return max((_read(folder / "manifest.json").get("created", 0.0) for folder in folders), default=0.0)
 
     def _look_for_two_writers(self) -> None:
         """Checkpoints are numbered, and each has a name of its own: a number with two names had two writers."""
         size = 0
-        for manifest in self.storage.glob("work/*/*/manifest.json"):
-            key, (number, _, mark) = manifest.parents[1].name, manifest.parent.name.partition("-")
+        for folder in _below(_below([self.storage / "work"])):
+            key, (number, _, mark) = folder.parent.name, folder.name.partition("-")
             if self._checkpoints.setdefault((key, number), mark) != mark:
                 self.broken.append(f"checkpoint {number} of {key} had two writers")
-            size += sum(_size(path) for path in manifest.parent.glob("*"))
+            size += sum(map(_size, _below([folder])))
         self.peak_work_bytes = max(self.peak_work_bytes, size)
 
 
@@ -114,8 +116,17 @@ def _contents(storage: Path, name: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _newest_lease(folder: Path) -> dict[str, Any]:
-    names = sorted(path for path in folder.glob("*.json") if path.stem.isdigit())
+    names = sorted(path for path in _below([folder]) if path.stem.isdigit())
     return _read(names[-1]) if names else {}
+
+
+def _below(folders: Iterable[Path]) -> list[Path]:
+    """What lies in these folders, in any of which somebody may be writing or deleting."""
+    found = []
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            found += [folder / name for name in os.listdir(folder)]
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
