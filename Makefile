@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXPERIMENT ?= configs/angular_digits.yaml
+SEEDS ?= 1 2 3
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check debian format bench clean
+.PHONY: help quickstart test check debian format bench chaos clean
 
 help:
 	@echo "make quickstart   install, then run a real sweep on handwritten digits (a few minutes on two cores)"
 	@echo "make test         install, then formatter, linter, types and the whole test suite"
 	@echo "make bench        what orchestration costs, as ratios"
+	@echo "make chaos        one sweep per seed (SEEDS=\"1 2 3\") on hosts that are killed under it; root, Linux"
 	@echo "make format       format the code"
 
 $(BIN)/python:
@@ -50,6 +52,9 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python tests/benchmarks/overhead.py
+
+chaos: $(VENV)/.installed-dev
+	$(BIN)/python tests/cluster/chaos_loop.py --seeds $(SEEDS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

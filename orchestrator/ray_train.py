@@ -247,14 +247,15 @@ def _as_ours(error: Exception, stage: PlannedStage) -> StillhouseError:
         cause = error.controller_failure
     elif isinstance(error, RayTaskError):
         cause = error.cause
-    if isinstance(cause, StillhouseError):
+    if isinstance(cause, StillhouseError) and type(cause) is not StillhouseError:
         return cause
     where = f"stage {stage.name} ({stage.key[:8]})"
     if isinstance(cause, KilledForMemoryError) or "OutOfMemoryError" in str(cause):
         return OutOfMemoryError(f"{where}: {cause}")
     if isinstance(cause, RayError):
         return StillhouseError(f"{where}: its worker died more often than run.max_failures allows: {cause}")
-    return StillhouseError(f"{where}: {type(cause).__name__}: {cause}")
+    kind = "" if isinstance(cause, StillhouseError) else f"{type(cause).__name__}: "
+    return StillhouseError(f"{where}: {kind}{cause}")
 
 
 def _folder(fence: LeaseFence) -> str:

@@ -191,12 +191,14 @@ class _DispatchSearcher(Searcher):
             return Searcher.FINISHED if self._dispatcher.finished else None
         self._trials[trial_id] = trial
         self._listener.trial_started(trial)
-        lacking = self._spec.workers(stage.name for stage in self._dispatcher.missing(trial))
+        # Of the whole experiment, not of what this trial lacks: Tune keeps an idle trial's process, with all that it
+        # holds, and where trials hold different things a group of workers would wait for that for ever.
+        stages = self._spec.workers(self._spec.stage_names)
         return {
             "values": dict(trial.point.values),
             "label": trial.point.label,
             "seed": trial.seed,
-            HOLDS: held_by_trial(lacking),
+            HOLDS: held_by_trial(stages),
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

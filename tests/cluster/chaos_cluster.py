@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import threading
 import time
@@ -16,13 +17,15 @@ HEAD, TRACKING, NODES = "head", "tracking", ("a", "b")
 EVERY_HOST = (HEAD, *NODES, TRACKING)
 PORT, TRACKING_PORT = 6379, 5000
 OBJECT_STORE_BYTES = 100_000_000
+TEND_SECONDS = 1.0
+START_SECONDS = 240.0
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "2500",
+    "RAY_health_check_failure_threshold": "4",
 }
-"""A host that does not answer is given up after some five seconds; by default it takes Ray thirty."""
+"""A host that does not answer is given up after some ten seconds; by default it takes Ray about a minute."""
 RAYS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_AutoscalingCoordinatorActor", "ray::IDLE")
 """Processes that belong to Ray's nodes, not to a sweep."""
 
@@ -43,6 +46,7 @@ class Cluster:
     hosts: Hosts
     folder: Path
     _joining: dict[str, threading.Thread] = field(default_factory=dict)
+    _tended: float = 0.0
     _tracking: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
@@ -71,15 +75,17 @@ class Cluster:
         tracking = threading.Thread(target=self.start_tracking, daemon=True)
         tracking.start()
         self.start_head()
-        self.tend()
-        wait_until(lambda: self.is_whole, 120, "both nodes to join")
-        tracking.join(120)
+        wait_until(self._has_joined, START_SECONDS, "both nodes to join")
+        tracking.join(START_SECONDS)
 
     def start_head(self) -> None:
         self._ray_start(HEAD, f"--head --port={PORT} --num-cpus=0 --include-dashboard=false")
 
     def tend(self) -> None:
         """Let every node that is up and has no Ray join, in the background: the part of an autoscaler, or of an operator."""
+        if time.monotonic() - self._tended < TEND_SECONDS:
+            return
+        self._tended = time.monotonic()
         for name in NODES:
             joining = self._joining.get(name)
             is_joining = joining is not None and joining.is_alive()
@@ -94,7 +100,16 @@ class Cluster:
         )
 
     def has_raylet(self, name: str) -> bool:
-        return any("/raylet/raylet " in process.title for process in self.processes((name,)))
+        return self.raylet(name) is not None
+
+    def raylet(self, name: str) -> int | None:
+        """The process that makes a host a node of the cluster."""
+        found = [process.pid for process in self.processes((name,)) if "/raylet/raylet " in process.title]
+        return found[0] if found else None
+
+    def _has_joined(self) -> bool:
+        self.tend()
+        return self.is_whole
 
     def leave_lost_cluster(self) -> None:
         """What an operator does on every node whose head is gone."""
@@ -110,7 +125,7 @@ class Cluster:
             f"--backend-store-uri sqlite:///{self.folder}/tracking.db --artifacts-destination {self.folder}/tracking"
         )
         self._tracking = host.start(f"exec {command}", output=self.folder / "tracking.txt")
-        wait_until(self.tracking_answers, 120, "the tracking server")
+        wait_until(self.tracking_answers, START_SECONDS, "the tracking server")
 
     def stop_tracking(self) -> None:
         """Pull the plug of its host, and boot it again without the server."""
@@ -156,8 +171,6 @@ class Cluster:
             "import json, ray; ray.init(log_to_driver=False, configure_logging=False); "
             "print(json.dumps([ray.cluster_resources(), ray.available_resources()]))"
         )
-        import json
-
         done = self.hosts[HEAD].run(
             ["python", "-c", code], env={**self.environment, "RAY_ADDRESS": self.address}
         )
@@ -169,10 +182,12 @@ class Cluster:
 
     def _ray_start(self, name: str, options: str) -> None:
         address = self.hosts[name].address
-        self.hosts[name].run(
+        done = self.hosts[name].run(
             f"ray start {options} --node-ip-address={address} --disable-usage-stats --object-store-memory={OBJECT_STORE_BYTES}",
             env=self.environment, timeout=180, check=False,
         )  # fmt: skip
+        with (self.folder / "ray.txt").open("a") as log:
+            log.write(f"{name}: exit {done.returncode}\n{done.stdout}{done.stderr}\n")
 
 
 def wait_until(condition: Callable[[], bool], timeout_seconds: float, what: str) -> None:

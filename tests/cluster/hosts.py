@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import itertools
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -31,6 +33,7 @@ TOOLS = ("ip", "sshd", "ssh-keygen", "unshare", "nsenter", "setpriv", "mount")
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 NAMESPACES = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--uts")
 DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")
+BRIDGE = "sh"
 START_SECONDS = 20.0
 Command = str | Sequence[str]
 
@@ -60,6 +63,9 @@ PasswordAuthentication no
 PermitRootLogin prohibit-password
 Subsystem sftp internal-sftp
 """
+
+
+_numbers = itertools.count()
 
 
 def require_hosts() -> None:
@@ -299,12 +305,11 @@ class Hosts:
 @contextlib.contextmanager
 def make_hosts(names: Sequence[str], folder: Path) -> Iterator[Hosts]:
     """Hosts with these names, booted. ``folder`` is seen by all of them; their own files lie in ``folder/hosts``."""
-    number = random.SystemRandom().randrange(2**16)
-    prefix = f"10.{64 + number // 256 % 64}.{number % 256}"
+    prefix = _free_prefix()
     folder = folder.resolve()
     (folder / "hosts").mkdir(parents=True, exist_ok=True)
     addresses = {name: f"{prefix}.{index}" for index, name in enumerate(names, 2)}
-    network = Network(f"sh{number:x}", prefix, folder / "hosts" / "hosts.txt")
+    network = Network(f"{BRIDGE}{os.getpid():x}n{next(_numbers)}", prefix, folder / "hosts" / "hosts.txt")
     network.hosts_file.write_text(
         "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in addresses.items())
     )
@@ -327,6 +332,18 @@ def make_hosts(names: Sequence[str], folder: Path) -> Iterator[Hosts]:
         yield hosts
     finally:
         hosts.close()
+
+
+def _free_prefix() -> str:
+    """A /24 that this machine does not use. Bridges of test processes that were killed are removed first."""
+    for bridge, pid in re.findall(rf"({BRIDGE}([0-9a-f]+)n\d+)(?=:)", _shell("ip link show type bridge")):
+        if not Path(f"/proc/{int(pid, 16)}").exists():
+            _shell(f"ip link del {bridge}", check=False)
+    used = _shell("ip -oneline address")
+    while True:
+        prefix = f"10.{random.SystemRandom().randrange(64, 128)}.{random.SystemRandom().randrange(256)}"
+        if f" {prefix}." not in used:
+            return prefix
 
 
 def _path() -> str:
