@@ -34,6 +34,7 @@ from orchestrator.errors import ConfigurationError
 from orchestrator.loop import Row
 from orchestrator.placement import held_by_trial, most_at_a_time
 from orchestrator.plan import Planner, Point, Trial
+from orchestrator.ray_nodes import num_promised_workers, wait_for_workers
 from orchestrator.secrecy import hide_in_logs
 from orchestrator.spec import ExperimentSpec, SchedulerSettings
 from orchestrator.trial import TrialRunner
@@ -110,6 +111,7 @@ def connect() -> None:
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if os.environ.get("RAY_ADDRESS") or _cluster_is_here():
         ray.init(**options)
+        wait_for_workers(num_promised_workers())
     else:
         ray.init(address="local", include_dashboard=False, **options)
 
@@ -195,12 +197,14 @@ class _DispatchSearcher(Searcher):
             return Searcher.FINISHED if self._dispatcher.finished else None
         self._trials[trial_id] = trial
         self._listener.trial_started(trial)
-        lacking = self._spec.workers(stage.name for stage in self._dispatcher.missing(trial))
+        # Of the whole experiment, not of what this trial lacks: Tune keeps an idle trial's process, with all that it
+        # holds, and where trials hold different things a group of workers would wait for that for ever.
+        stages = self._spec.workers(self._spec.stage_names)
         return {
             "values": dict(trial.point.values),
             "label": trial.point.label,
             "seed": trial.seed,
-            HOLDS: held_by_trial(lacking),
+            HOLDS: held_by_trial(stages),
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

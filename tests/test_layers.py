@@ -19,7 +19,8 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
 RAY = {
     *("orchestrator/ray_tune.py", "orchestrator/ray_train.py", "orchestrator/group_failures.py"),
-    *("orchestrator/ray_preflight.py", "orchestrator/submit.py", "orchestrator/submit_jobs.py"),
+    *("orchestrator/ray_nodes.py", "orchestrator/ray_preflight.py"),
+    *("orchestrator/submit.py", "orchestrator/submit_jobs.py"),
 }
 MLFLOW = {"orchestrator/tracking.py"}
 OPTUNA = {"orchestrator/search.py"}
