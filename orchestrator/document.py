@@ -14,7 +14,7 @@ from orchestrator.errors import ConfigurationError
 
 __all__ = ["SECTIONS", "apply_overrides", "dump_document", "read_document"]
 
-SECTIONS = ("name", "data", "stages", "baselines", "search", "run")
+SECTIONS = ("name", "data", "stages", "baselines", "controls", "search", "run")
 MERGE_TAG = "tag:yaml.org,2002:merge"
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """What the YAML reader raises: ValueError for a date such as 2024-13-01, RecursionError for absurd nesting."""

@@ -20,6 +20,7 @@ from ray.train.torch import TorchTrainer
 from orchestrator.errors import ConfigurationError, DivergedError, OutOfMemoryError, StillhouseError
 from orchestrator.loop import Row, StopTraining
 from orchestrator.plan import PlannedStage
+from orchestrator.secrecy import hide_in_logs
 from orchestrator.stage import StageRunner
 from orchestrator.store import Store
 from orchestrator.workers import TorchWorkers
@@ -114,6 +115,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     gpu = stages.run.gpus_per_worker > 0
     workers = TorchWorkers.current(ray.train.torch.get_device() if gpu else torch.device("cpu"))
     telling = _Telling(stages.store, stage)
+    hide_in_logs()
     try:
         replace(stages, workers=workers).execute(stage, telling.row)
     except StopTraining:

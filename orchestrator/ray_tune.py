@@ -33,6 +33,7 @@ from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.errors import ConfigurationError
 from orchestrator.loop import Row
 from orchestrator.plan import Planner, Point, Trial
+from orchestrator.secrecy import hide_in_logs
 from orchestrator.spec import RunSettings, SchedulerSettings
 from orchestrator.trial import TrialRunner
 
@@ -65,6 +66,9 @@ class SweepListener(Protocol):
     """Hears what happens in the driver. Called in the driver's main thread; must return quickly."""
 
     def trial_started(self, trial: Trial) -> None: ...
+
+    def trial_placed(self, trial: Trial) -> None:
+        """The trial holds its resources from now on; again after its process died."""
 
     def trial_row(self, trial: Trial, row: Row) -> None: ...
 
@@ -224,6 +228,10 @@ class _DispatchSearcher(Searcher):
         if outcome.status != "deferred":
             self._listener.trial_ended(trial, outcome)
 
+    def placed(self, trial_id: str) -> None:
+        if trial_id in self._trials:
+            self._listener.trial_placed(self._trials[trial_id])
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the store knows what is finished."""
 
@@ -248,7 +256,7 @@ def _outcome(result: Mapping[str, Any], row: Row | None) -> Outcome:
 
 
 class _Watch(tune.Callback):
-    """Lets the listener look around while no trial reports, and learns why a trial died."""
+    """Lets the listener look around while no trial reports, and learns when a trial got its place or died."""
 
     def __init__(self, listener: SweepListener, searcher: _DispatchSearcher) -> None:
         self._listener = listener
@@ -256,6 +264,9 @@ class _Watch(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._listener.tick()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._searcher.placed(trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._searcher.died(trial.trial_id, str(trial.get_error() or ""))
@@ -328,6 +339,7 @@ def drive(
 
 
 def _run_trial(config: dict[str, Any], function: _TrialFunction) -> None:
+    hide_in_logs()
     function(config)
 
 
@@ -354,7 +366,7 @@ def make_scheduler(settings: SchedulerSettings, planner: Planner) -> Any:
 
 @contextlib.contextmanager
 def _interruptible(interrupt: Callable[[], None]) -> Iterator[None]:
-    """First Ctrl-C: finish cleanly. Second: now."""
+    """First Ctrl-C, or SIGTERM (a job that is stopped, a node that is drained): finish cleanly. Second: now."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -366,8 +378,9 @@ def _interruptible(interrupt: Callable[[], None]) -> Iterator[None]:
             raise KeyboardInterrupt
         interrupt()
 
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

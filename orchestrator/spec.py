@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from methods.catalog import Catalog
+from orchestrator.budget import BudgetSettings
 from orchestrator.chain import Chain, resolve_chain, with_baseline
+from orchestrator.cost import PriceSettings
 from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError
 from orchestrator.settings import Problems
@@ -135,6 +137,10 @@ class RunSettings:
     """At most this much training is lost when a stage is killed."""
     lease_seconds: float = 30.0
     """A stage whose holder gave no sign of life for this long is taken over."""
+    prices: PriceSettings | None = None
+    """What machine time costs; plans and reports then speak of money."""
+    budget: BudgetSettings | None = None
+    """Limits at which the sweep stops cleanly, to be resumed with larger ones."""
 
     def __post_init__(self) -> None:
         for name in ("workers", "cpus_per_worker"):
@@ -149,6 +155,8 @@ class RunSettings:
             raise ValueError(f"lease_seconds must be finite and at least 1, got {self.lease_seconds}")
         if not self.storage:
             raise ValueError("storage must name a folder or URL, got ''")
+        if self.budget is not None and self.budget.money is not None and self.prices is None:
+            raise ValueError(f"budget.money is {self.budget.money:g}, but run.prices is missing: set both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +170,8 @@ class ExperimentSpec:
     search: SearchSettings
     run: RunSettings
     catalog: Catalog
+    controls: tuple[str, ...] = ()
+    """Those of the baselines that ``controls: true`` added."""
 
     @property
     def target(self) -> str:

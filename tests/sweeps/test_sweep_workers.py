@@ -32,6 +32,10 @@ def test_two_workers_train_the_same_student(experiment, tmp_path) -> None:
     stores = [Store(str(tmp_path / name)) for name in ("alone", "both")]
     assert stores[1].manifest(key)["placement"]["workers"] == 2
     assert stores[1].manifest(key)["placement"]["batch_per_worker"] == 32
+    cost = stores[1].manifest(key)["cost"]
+    assert cost["held_cpu_seconds"] == pytest.approx(2 * cost["seconds"])
+    trained = sum(stores[1].manifest(key)["cost"]["held_cpu_seconds"] for key in list(stores[1].keys()))
+    assert both.spent.finished.cpu_seconds > trained
     first, second = (load(store.read(key, "weights.safetensors")) for store in stores)
     for name, tensor in first.items():
         assert (tensor - second[name]).abs().max() < 1e-3, name
