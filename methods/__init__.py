@@ -12,6 +12,11 @@ from methods.angular.views import AngularViews
 from methods.base import Batch, Loss, Method, ModelSettings, Signals, Source, Step, Task, Teacher
 from methods.catalog import Catalog, UnknownNameError
 from methods.data import DATASETS
+from methods.distil.dist import CorrelationDistillation
+from methods.distil.dkd import DecoupledDistillation
+from methods.distil.lskd import LogitStandardisation
+from methods.distil.mlkd import MultiLevelDistillation
+from methods.distil.pskd import ProgressiveSelfDistillation
 from methods.distil.tekap import Tekap
 from methods.kd import KnowledgeDistillation
 from methods.linear_probe import LinearProbe
@@ -24,6 +29,11 @@ METHODS: Mapping[str, type[Method]] = {
     "angular_views": AngularViews,
     "angular_kd": AngularDistillation,
     "tekap": Tekap,
+    "dkd": DecoupledDistillation,
+    "mlkd": MultiLevelDistillation,
+    "dist": CorrelationDistillation,
+    "lskd": LogitStandardisation,
+    "pskd": ProgressiveSelfDistillation,
     "linear_probe": LinearProbe,
 }
 

@@ -44,6 +44,31 @@ CASES: dict[str, MethodCase] = {
         inputs={"teacher.0": "supervised", "teacher.1": "kd"},
         weights=("kd_weight", "ce_weight"),
     ),
+    "dkd": MethodCase(
+        method="dkd",
+        inputs={"teacher": "supervised"},
+        weights=("kd_weight", "ce_weight", "label_class_weight", "other_classes_weight"),
+    ),
+    "dkd-standardised": MethodCase(
+        method="dkd", settings={"standardise": True}, inputs={"teacher": "supervised"}, weights=("kd_weight",)
+    ),
+    "dkd-of-views": MethodCase(
+        method="dkd", inputs={"teacher": "views"}, weights=("kd_weight", "ce_weight", "view_weight")
+    ),
+    "mlkd": MethodCase(method="mlkd", inputs={"teacher": "supervised"}, weights=("kd_weight", "ce_weight")),
+    "mlkd-clean": MethodCase(
+        method="mlkd",
+        settings={"variant": "clean", "standardise": True},
+        inputs={"teacher": "supervised"},
+        weights=("kd_weight", "ce_weight"),
+    ),
+    "dist": MethodCase(
+        method="dist",
+        inputs={"teacher": "supervised"},
+        weights=("kd_weight", "ce_weight", "inter_weight", "intra_weight"),
+    ),
+    "lskd": MethodCase(method="lskd", inputs={"teacher": "supervised"}, weights=("kd_weight", "ce_weight")),
+    "pskd": MethodCase(method="pskd", weights=("kd_weight",)),
     "views": MethodCase(
         method="angular_views", settings=SMALL, inputs={"teacher": "supervised"}, weights=VIEW_WEIGHTS
     ),
@@ -119,15 +144,18 @@ def make_batch(size: int = 12, *, seed: int = 1, scale: float = 1.0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     images = scale * torch.randn(size, 1, 8, 8, generator=generator)
     labels = torch.randint(TASK.num_classes, (size,), generator=generator)
-    return Batch(images=images, labels=labels, indices=torch.arange(size))
+    strong = images.flip(-1) * 0.5
+    return Batch(images=images, labels=labels, indices=torch.arange(size), strong=strong)
 
 
-def trained_steps(method: Method, num_steps: int, *, learning_rate: float = 0.01) -> list[Tensor]:
-    """Totals of plain SGD steps on changing batches."""
+def trained_steps(
+    method: Method, num_steps: int, *, learning_rate: float = 0.01, first: int = 0
+) -> list[Tensor]:
+    """Totals of plain SGD steps on changing batches, from number ``first`` on."""
     optimizer = torch.optim.SGD(method.parameters(), lr=learning_rate)
     method.train()
     totals = []
-    for step in range(num_steps):
+    for step in range(first, first + num_steps):
         total = method(make_batch(seed=step)).total
         optimizer.zero_grad()
         total.backward()

@@ -12,6 +12,7 @@ from contract_cases import CASES, TRAINED, build, finished, make_batch, trained_
 from torch import Tensor
 
 from methods import METHODS, Method, Step, Teacher
+from methods.distil.memory import SampleMemory
 
 every_case = pytest.mark.parametrize("name", CASES)
 every_trained_case = pytest.mark.parametrize("name", TRAINED)
@@ -90,6 +91,19 @@ def test_a_weight_of_zero_trains(name: str, weight: str) -> None:
 
 
 @every_trained_case
+def test_resumed_equals_uninterrupted_to_the_bit(name: str) -> None:
+    whole, first, second = build(name), build(name), build(name, seed=5)
+    torch.manual_seed(11)
+    expected = trained_steps(whole, 4)
+    torch.manual_seed(11)
+    found = trained_steps(first, 2)
+    second.load_state_dict({key: value.clone() for key, value in first.state_dict().items()})
+    found += trained_steps(second, 2, first=2)
+    assert found == expected
+    assert all(torch.equal(value, second.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+@every_trained_case
 def test_a_batch_of_one_trains(name: str) -> None:
     method = build(name)
     step = method(make_batch(1))
@@ -145,6 +159,8 @@ def test_a_checkpoint_holds_no_teacher(name: str) -> None:
     num_expected = sum(value.numel() for value in method.artifact().state_dict().values())
     if getattr(method, "heads", None) is not None and method.artifact() is not method.heads:
         num_expected += sum(value.numel() for value in method.heads.state_dict().values())
+    memories = (module for module in method.modules() if isinstance(module, SampleMemory))
+    num_expected += sum(memory.rows.numel() for memory in memories)
     assert sum(value.numel() for value in method.state_dict().values()) == num_expected
 
 
@@ -228,7 +244,9 @@ def test_a_step_never_waits_for_the_device(name: str) -> None:
     for teacher in teachers_of(method):
         teacher.to(torch.device("cuda"))
     batch = make_batch()
-    batch = batch._replace(images=batch.images.cuda(), labels=batch.labels.cuda())
+    batch = batch._replace(
+        **{name: value.cuda() for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+    )
     method(batch).total.backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
