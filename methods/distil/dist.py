@@ -9,7 +9,7 @@ inter is 1 - the mean Pearson correlation over the classes of a sample, intra th
 
 Defaults are the authors' (T = 4 and weight 2 on CIFAR-100; T = 1 is the preset ``imagenet``). Expected top-1 on
 CIFAR-100, 240 epochs: resnet32x4 -> resnet8x4 76.31, resnet56 -> resnet20 71.75. ``intra`` correlates over the samples of
-one worker: with several workers or micro-batches it is the mean over their shares and not that of the whole batch.
+all workers (of one micro-batch), unless ``across_workers`` is off.
 
 Shape legend: B = batch, C = classes.
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from methods.base import Batch, Loss
 from methods.checks import check_learns, check_weights
+from methods.distil.across import rows_of_all
 from methods.distil.settings import TemperedSettings
 from methods.distil.student import DistilledStudent
 from methods.distil.teaching import Outputs, Teaching
@@ -57,6 +58,8 @@ class CorrelationSettings(TemperedSettings):
     """Weight of the correlation within samples, on top of ``kd_weight``."""
     intra_weight: float = 1.0
     """Weight of the correlation within classes, on top of ``kd_weight``."""
+    across_workers: bool = True
+    """Correlate over the samples of all workers; False: only those of the worker's own share of a batch."""
 
     def __post_init__(self) -> None:
         TemperedSettings.__post_init__(self)
@@ -74,7 +77,9 @@ class CorrelationDistillation(DistilledStudent):
     @classmethod
     def inactive(cls, settings: Any) -> frozenset[str]:
         names = super().inactive(settings)
-        return names | {"inter_weight", "intra_weight"} if settings.kd_weight == 0 else names
+        return (
+            names | {"inter_weight", "intra_weight", "across_workers"} if settings.kd_weight == 0 else names
+        )
 
     def criterion(self, student: Outputs, teaching: Teaching, batch: Batch) -> dict[str, Loss]:
         settings = self.settings
@@ -82,6 +87,8 @@ class CorrelationDistillation(DistilledStudent):
         target_BC = teaching.target(settings.temperature)
         weight = self.kd_weight(batch) * teaching.mass * settings.temperature**2
         inter = correlation_distance(student_BC, target_BC, dim=-1)
+        if settings.across_workers:
+            student_BC, target_BC = rows_of_all(student_BC), rows_of_all(target_BC)
         intra = correlation_distance(student_BC, target_BC, dim=0)
         return {
             "inter": Loss(inter, weight * settings.inter_weight),

@@ -12,8 +12,8 @@ mask. ``clean`` is what was described: low-confidence samples (rows) and classes
 views at all temperatures.
 
 Defaults are the authors' (T 2 to 6, 0.9, 0.1). They train for 480 epochs from a learning rate of 0.025 (0.01 for mobile
-students): set that in ``train`` to compare with their 77.08 for resnet32x4 -> resnet8x4. Batch and class terms see the
-samples of one worker. ``standardise: true`` is the MLKD + LSKD of arXiv 2403.01427.
+students): set that in ``train`` to compare with their 77.08 for resnet32x4 -> resnet8x4. All terms see the
+samples of all workers, unless ``across_workers`` is off. ``standardise: true`` is the MLKD + LSKD of arXiv 2403.01427.
 
 Shape legend: B = batch, C = classes.
 """
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from methods.base import Batch, Loss
 from methods.checks import check_choice, check_learns
+from methods.distil.across import rows_of_all
 from methods.distil.lskd import standardised, standardised_soften
 from methods.distil.settings import DistilledSettings
 from methods.distil.student import DistilledStudent
@@ -84,6 +85,8 @@ class MultiLevelSettings(DistilledSettings):
     """``released``: what the authors' code computes; ``clean``: what was described."""
     standardise: bool = False
     """Standardise logits first, as ``lskd`` does."""
+    across_workers: bool = True
+    """Relate the samples of all workers; False: only those of the worker's own share of a batch."""
 
     def __post_init__(self) -> None:
         DistilledSettings.__post_init__(self)
@@ -108,14 +111,18 @@ class MultiLevelDistillation(DistilledStudent):
     @classmethod
     def inactive(cls, settings: Any) -> frozenset[str]:
         names = super().inactive(settings)
-        return names | {"temperatures", "variant", "standardise"} if settings.kd_weight == 0 else names
+        return (
+            names | {"temperatures", "variant", "standardise", "across_workers"}
+            if settings.kd_weight == 0
+            else names
+        )
 
     def criterion(self, student: Outputs, teaching: Teaching, batch: Batch) -> dict[str, Loss]:
         if batch.strong is None:
             raise ValueError("mlkd needs a strong view of each image: make the stream with strong=True")
         strong_student, strong_teaching = self.student(batch.strong), self.teaching(batch.strong)
         weak, strong = self._parts(student, teaching), self._parts(strong_student, strong_teaching)
-        confident_BC = teaching.target(1.0)
+        confident_BC = self._rows(teaching.target(1.0))
         masks = up_to_median(confident_BC.amax(dim=-1)), up_to_median(confident_BC.sum(dim=0))
         combine = released_levels if self.settings.variant == "released" else clean_levels
         levels = combine(weak, strong, *masks)
@@ -130,9 +137,13 @@ class MultiLevelDistillation(DistilledStudent):
     def _parts(self, student: Outputs, teaching: Teaching) -> list[Levels]:
         """For each temperature."""
         is_standard = self.settings.standardise
-        logits_BC = standardised(student.logits) if is_standard else student.logits
+        logits_BC = self._rows(standardised(student.logits) if is_standard else student.logits)
         transform = standardised_soften if is_standard else soften
-        return [level_parts(logits_BC, teaching.target(T, transform), T) for T in self.settings.temperatures]
+        targets = ((T, self._rows(teaching.target(T, transform))) for T in self.settings.temperatures)
+        return [level_parts(logits_BC, target_BC, T) for T, target_BC in targets]
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        return rows_of_all(rows) if self.settings.across_workers else rows
 
 
 def released_levels(

@@ -12,7 +12,6 @@ from contract_cases import CASES, TRAINED, build, finished, make_batch, trained_
 from torch import Tensor
 
 from methods import METHODS, Method, Step, Teacher
-from methods.distil.memory import SampleMemory
 
 every_case = pytest.mark.parametrize("name", CASES)
 every_trained_case = pytest.mark.parametrize("name", TRAINED)
@@ -156,12 +155,16 @@ def test_a_checkpoint_holds_no_teacher(name: str) -> None:
     for teacher in teachers_of(method):
         theirs = {tensor.data_ptr() for tensor in teacher.network.state_dict().values()}
         assert not ours & theirs
+    own = {
+        key: value
+        for key, value in method.state_dict().items()
+        if key.partition(".")[0] not in CASES[name].beside
+    }
     num_expected = sum(value.numel() for value in method.artifact().state_dict().values())
     if getattr(method, "heads", None) is not None and method.artifact() is not method.heads:
         num_expected += sum(value.numel() for value in method.heads.state_dict().values())
-    memories = (module for module in method.modules() if isinstance(module, SampleMemory))
-    num_expected += sum(memory.rows.numel() for memory in memories)
-    assert sum(value.numel() for value in method.state_dict().values()) == num_expected
+    assert sum(value.numel() for value in own.values()) == num_expected
+    assert set(CASES[name].beside) <= {key.partition(".")[0] for key in method.state_dict()}
 
 
 @every_trained_case
