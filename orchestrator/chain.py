@@ -38,6 +38,8 @@ class StageSpec:
     """What the stage learns from: the experiment's data, or its own; None where neither can be understood."""
     inactive: frozenset[str] = frozenset()
     """Settings without effect for these inputs: left out of the key."""
+    batch_scale: int = 1
+    """By how much ``run.batch: scale`` has multiplied batch size and learning rate in ``train``."""
 
 
 Chain = dict[str, StageSpec]

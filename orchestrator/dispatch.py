@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from orchestrator.errors import ConfigurationError
-from orchestrator.plan import Planner, Point, Trial
+from orchestrator.plan import PlannedStage, Planner, Point, Trial
 from orchestrator.search import Sampler
 
 __all__ = ["Dispatcher", "Outcome", "Status"]
@@ -102,12 +102,24 @@ class Dispatcher:
         return not self._running and (self._cancelled or (not self._queue and self._sampler.exhausted))
 
     @property
+    def complete(self) -> bool:
+        """Whether nothing was left undone, also after ``cancel_waiting``."""
+        confirmed = self._confirming or not self._search.confirm.top
+        return self._sampler.exhausted and confirmed and self.trials.keys() <= self.outcomes.keys()
+
+    @property
     def waiting(self) -> Sequence[Trial]:
         return tuple(self._queue)
 
     @property
     def running(self) -> Mapping[str, Trial]:
         return dict(self._running)
+
+    def missing(self, trial: Trial) -> tuple[PlannedStage, ...]:
+        """The stages of ``trial`` that nobody has made yet; none where its last one is stored."""
+        if self._is_stored(trial.key):
+            return ()
+        return tuple(stage for stage in trial.stages if not self._is_stored(stage.key))
 
     def ended(self, trial: Trial, outcome: Outcome) -> None:
         """Take in how a started trial ended."""

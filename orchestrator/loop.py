@@ -261,12 +261,14 @@ class _Run:
             if not row and self.validation is not None:
                 row = evaluate(self.method, self.validation, device=self.device, workers=self.workers)
             kept = state.best or {"row": row, "weights": self._artifact_weights()}
+        held = state.held()
         return Training(
             history=state.history,
             weights=kept["weights"],
             metrics={name: value for name, value in kept["row"].items() if name not in NOT_METRICS},
-            seconds=state.seconds,
-            cpu_seconds=state.cpu_seconds,
+            seconds=held.seconds,
+            worker_seconds=held.worker_seconds,
+            cpu_seconds=held.cpu_seconds,
             peak_memory_bytes=state.peak_memory_bytes,
             resumed_epochs=state.resumed_epochs,
         )

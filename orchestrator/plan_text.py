@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from orchestrator.budget import exceeded
+from orchestrator.cost import NO_TIME, MachineTime, cost_text
+
 if TYPE_CHECKING:
     from orchestrator.plan import Plan, PlannedStage
 
@@ -16,7 +19,7 @@ def plan_text(plan: Plan) -> str:
     by_name: dict[str, list[PlannedStage]] = {}
     for stage in plan.stages.values():
         by_name.setdefault(stage.name, []).append(stage)
-    rows = [("stage", "method", "model", "distinct", "stored", "to run", "used by", "expected")]
+    rows = [("stage", "method", "model", "distinct", "stored", "to run", "used by", "expected", "cost")]
     counts = plan.counts()
     missing = plan.missing
     depths = _depths(plan)
@@ -33,9 +36,23 @@ def plan_text(plan: Plan) -> str:
                 str(len(to_run)),
                 f"{sum(uses[stage.key] for stage in stages)} trials",
                 duration(plan.seconds(to_run)) if to_run else "–",
+                cost_text(plan.machine_time(to_run), plan.run.prices) if to_run else "–",
             )
         )
-    return "\n".join([_headline(plan), "", *_columns(rows), "", *_closing(plan)])
+    return "\n".join([_headline(plan), "", *_columns(rows), "", *_scaled_batches(plan), *_closing(plan)])
+
+
+def _scaled_batches(plan: Plan) -> list[str]:
+    """What ``run.batch: scale`` makes of the stages: one line for each combination."""
+    lines = []
+    for stage in plan.stages.values():
+        factor, train = stage.spec.batch_scale, stage.spec.train
+        if factor > 1:
+            lines.append(
+                f"run.batch scale: {stage.name} trains with batch_size {train.batch_size} ({factor} workers x {train.batch_size // factor}) "
+                f"and learning_rate {train.learning_rate:g} ({factor} x {train.learning_rate / factor:g})."
+            )
+    return list(dict.fromkeys(lines))
 
 
 def _headline(plan: Plan) -> str:
@@ -64,14 +81,30 @@ def _closing(plan: Plan) -> list[str]:
         unknown = {stage.name for key, stage in missing.items() if key not in plan.costs}
         listed = ", ".join(name for name in names if name in unknown)
         lines.append(f"Expected cost: no history yet for {listed}; known after the first one has run.")
-        return lines
+        return lines + _budget(plan, NO_TIME, 0.0)
     todo = [trial for trial in plan.trials if trial.key not in plan.stored]
     alone = plan.seconds(stage for trial in todo for stage in trial.stages if stage.key not in plan.stored)
     lines.append(
         f"Expected cost: {duration(shared)} of training, about {duration(shared / plan.slots)} with {_plural(plan.slots, 'trial')} at a time."
     )
+    held = plan.machine_time(missing.values()) or NO_TIME
+    lines.append(f"It holds {cost_text(held, plan.run.prices)}.")
     if alone is not None and alone > shared:
         lines.append(f"Without sharing stages it would be {duration(alone)} ({alone / shared:.2f} x).")
+    return lines + _budget(plan, held, shared / plan.slots)
+
+
+def _budget(plan: Plan, expected: MachineTime, seconds: float) -> list[str]:
+    """What was spent, and a warning where that and the expectation are more than the budget."""
+    lines = []
+    if plan.spent != NO_TIME:
+        lines.append(f"Earlier runs of this sweep held {cost_text(plan.spent, plan.run.prices)}.")
+    reached = exceeded(plan.run.budget, plan.run.prices, plan.spent + expected, seconds)
+    if reached:
+        lines.append(
+            f"Warning: this needs more than the budget: {'; '.join(reached)}, by what is expected. "
+            "The sweep will stop there, to be resumed with a larger budget."
+        )
     return lines
 
 

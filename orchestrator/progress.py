@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.plan_text import duration
+from orchestrator.secrecy import hide
 
 __all__ = ["Display", "RunningStage", "StageCount", "Status", "make_display"]
 
@@ -52,6 +53,10 @@ class Status:
     best: str = ""
     seconds_left: float | None = None
     elapsed_seconds: float = 0.0
+    spent: str = ""
+    """Machine time and money so far and in the end, as text."""
+    cost: Mapping[str, float] = field(default_factory=dict)
+    """The same as numbers, for tracking."""
 
 
 class Display:
@@ -70,7 +75,7 @@ class Display:
 
     def event(self, text: str) -> None:
         """Something worth a line of its own."""
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(hide(text)), soft_wrap=True)
 
     def show(self, status: Status) -> None:
         pause = max(PLAIN_LINE_SECONDS, status.elapsed_seconds / 20)  # a long run needs fewer lines
@@ -115,6 +120,8 @@ def summary_line(status: Status) -> str:
         parts.append(f"best {status.best}")
     if status.seconds_left is not None:
         parts.append(f"about {duration(status.seconds_left)} left")
+    if status.spent:
+        parts.append(f"spent {status.spent}")
     return " | ".join(parts)
 
 
@@ -140,6 +147,8 @@ def render(status: Status) -> Group:
     if status.seconds_left is not None:
         head.append(f"  about {duration(status.seconds_left)} left", style="dim")
     parts: list[Text | Table] = [head, table, running]
+    if status.spent:
+        parts.append(Text(f"spent: {status.spent}", style="dim"))
     if status.best:
         parts.append(Text(f"best so far: {status.best}"))
     return Group(*parts)

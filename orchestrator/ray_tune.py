@@ -32,8 +32,11 @@ from orchestrator.data_section import DataSettings
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.errors import ConfigurationError
 from orchestrator.loop import Row
+from orchestrator.placement import held_by_trial, most_at_a_time
 from orchestrator.plan import Planner, Point, Trial
-from orchestrator.spec import RunSettings, SchedulerSettings
+from orchestrator.ray_nodes import num_promised_workers, wait_for_workers
+from orchestrator.secrecy import hide_in_logs
+from orchestrator.spec import ExperimentSpec, SchedulerSettings
 from orchestrator.trial import TrialRunner
 
 __all__ = ["SharedData", "SweepListener", "connect", "drive", "trial_slots"]
@@ -53,6 +56,8 @@ ENVIRONMENT = {
 }
 """Tune's own loggers, folders and signal handling are not used: the store is the truth about what is finished."""
 
+HOLDS = "holds"
+"""What a trial holds while it runs, in Ray's names."""
 OBJECTIVE = "objective"
 """What the scheduler compares: the first objective's metric."""
 ROW = "row"
@@ -65,6 +70,9 @@ class SweepListener(Protocol):
     """Hears what happens in the driver. Called in the driver's main thread; must return quickly."""
 
     def trial_started(self, trial: Trial) -> None: ...
+
+    def trial_placed(self, trial: Trial) -> None:
+        """The trial holds its resources from now on; again after its process died."""
 
     def trial_row(self, trial: Trial, row: Row) -> None: ...
 
@@ -103,6 +111,7 @@ def connect() -> None:
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if os.environ.get("RAY_ADDRESS") or _cluster_is_here():
         ray.init(**options)
+        wait_for_workers(num_promised_workers())
     else:
         ray.init(address="local", include_dashboard=False, **options)
 
@@ -120,31 +129,25 @@ def _cluster_is_here() -> bool:
     return True
 
 
-def trial_resources(run: RunSettings) -> dict[str, float]:
-    """What a trial itself holds: its worker's share, or a token when Ray Train places several workers.
-
-    Tune refuses a trial that asks for nothing, and any fraction of a CPU could be the one that the workers lack.
-    """
-    if run.workers > 1:
-        return {"memory": float(2**20)}
-    resources = {"CPU": float(run.cpus_per_worker)}
-    return {**resources, "GPU": run.gpus_per_worker} if run.gpus_per_worker else resources
+def trial_resources(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
+    """What a trial itself holds, as its configuration says: see ``placement.held_by_trial``."""
+    return tune.PlacementGroupFactory([dict(config[HOLDS])])
 
 
-def trial_slots(run: RunSettings, cluster: Mapping[str, float] | None = None) -> int:
-    """How many trials fit at a time. Raises ``ConfigurationError`` when not even one does."""
+def trial_slots(spec: ExperimentSpec, cluster: Mapping[str, float] | None = None) -> int:
+    """How many trials have work at a time. Raises ``ConfigurationError`` when a stage fits nowhere."""
     cluster = ray.cluster_resources() if cluster is None else cluster
-    needs = {"CPU": float(run.cpus_per_worker), "GPU": float(run.gpus_per_worker)}
-    fits = [
-        int(cluster.get(kind, 0.0) / (need * run.workers) + 1e-9) for kind, need in needs.items() if need > 0
-    ]
-    if min(fits) < 1:
-        asked = ", ".join(f"{need * run.workers:g} {kind}" for kind, need in needs.items() if need)
-        there = ", ".join(f"{cluster.get(kind, 0.0):g} {kind}" for kind in needs)
-        raise ConfigurationError(
-            f"run: a trial needs {asked} (run.workers x per-worker resources), but the cluster has {there}; lower run.workers, run.cpus_per_worker or run.gpus_per_worker"
-        )
-    return min(*fits, run.concurrent_trials or fits[0])
+    wanted = spec.workers(spec.stage_names)
+    for name, workers in zip(spec.stage_names, wanted, strict=True):
+        if most_at_a_time([workers], cluster) < 1:
+            asked = ", ".join(f"{amount:g} {kind}" for kind, amount in workers.least_resources.items())
+            there = ", ".join(f"{cluster.get(kind, 0.0):g} {kind}" for kind in workers.least_resources)
+            raise ConfigurationError(
+                f"run: stage {name} needs {asked} ({workers.least_workers} x per-worker resources), but the cluster has {there}; "
+                "lower workers, cpus_per_worker or gpus_per_worker in run, or in run.stages for this stage"
+            )
+    most = most_at_a_time(wanted, cluster)
+    return min(most, spec.run.concurrent_trials or most)
 
 
 @dataclass(frozen=True)
@@ -174,8 +177,11 @@ def trial_objective(planner: Planner) -> str:
 class _DispatchSearcher(Searcher):
     """Tune's view of the dispatcher."""
 
-    def __init__(self, dispatcher: Dispatcher, listener: SweepListener, slots: int) -> None:
+    def __init__(
+        self, spec: ExperimentSpec, dispatcher: Dispatcher, listener: SweepListener, slots: int
+    ) -> None:
         super().__init__()
+        self._spec = spec
         self._dispatcher = dispatcher
         self._listener = listener
         self._slots = slots
@@ -191,7 +197,15 @@ class _DispatchSearcher(Searcher):
             return Searcher.FINISHED if self._dispatcher.finished else None
         self._trials[trial_id] = trial
         self._listener.trial_started(trial)
-        return {"values": dict(trial.point.values), "label": trial.point.label, "seed": trial.seed}
+        # Of the whole experiment, not of what this trial lacks: Tune keeps an idle trial's process, with all that it
+        # holds, and where trials hold different things a group of workers would wait for that for ever.
+        stages = self._spec.workers(self._spec.stage_names)
+        return {
+            "values": dict(trial.point.values),
+            "label": trial.point.label,
+            "seed": trial.seed,
+            HOLDS: held_by_trial(stages),
+        }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if OBJECTIVE in result and trial_id in self._trials:
@@ -224,6 +238,10 @@ class _DispatchSearcher(Searcher):
         if outcome.status != "deferred":
             self._listener.trial_ended(trial, outcome)
 
+    def placed(self, trial_id: str) -> None:
+        if trial_id in self._trials:
+            self._listener.trial_placed(self._trials[trial_id])
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the store knows what is finished."""
 
@@ -248,7 +266,7 @@ def _outcome(result: Mapping[str, Any], row: Row | None) -> Outcome:
 
 
 class _Watch(tune.Callback):
-    """Lets the listener look around while no trial reports, and learns why a trial died."""
+    """Lets the listener look around while no trial reports, and learns when a trial got its place or died."""
 
     def __init__(self, listener: SweepListener, searcher: _DispatchSearcher) -> None:
         self._listener = listener
@@ -256,6 +274,9 @@ class _Watch(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._listener.tick()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._searcher.placed(trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._searcher.died(trial.trial_id, str(trial.get_error() or ""))
@@ -297,10 +318,10 @@ def drive(
     ``interrupt`` is called at the first Ctrl-C; a second one raises ``KeyboardInterrupt`` at once.
     """
     ship_by_value(planner.spec.catalog)
-    searcher = _DispatchSearcher(dispatcher, listener, slots)
+    searcher = _DispatchSearcher(planner.spec, dispatcher, listener, slots)
     trainable = tune.with_resources(
         tune.with_parameters(_run_trial, function=_TrialFunction(planner, runner)),
-        trial_resources(planner.spec.run),
+        trial_resources,
     )
     with tempfile.TemporaryDirectory(prefix="stillhouse-tune-") as folder, _interruptible(interrupt):
         tuner = tune.Tuner(
@@ -328,6 +349,7 @@ def drive(
 
 
 def _run_trial(config: dict[str, Any], function: _TrialFunction) -> None:
+    hide_in_logs()
     function(config)
 
 
@@ -354,7 +376,7 @@ def make_scheduler(settings: SchedulerSettings, planner: Planner) -> Any:
 
 @contextlib.contextmanager
 def _interruptible(interrupt: Callable[[], None]) -> Iterator[None]:
-    """First Ctrl-C: finish cleanly. Second: now."""
+    """First Ctrl-C, or SIGTERM (a job that is stopped, a node that is drained): finish cleanly. Second: now."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -366,8 +388,9 @@ def _interruptible(interrupt: Callable[[], None]) -> Iterator[None]:
             raise KeyboardInterrupt
         interrupt()
 
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from orchestrator.report_cells import MISSING, Column, columns, duration, setting, short_names, signed
-from orchestrator.report_table import TrialRow, best, cost, table
+from orchestrator.cost import NOTHING_SPENT, PriceSettings, Spent
+from orchestrator.report_cells import MISSING, Column, columns, setting, short_names, signed
+from orchestrator.report_controls import control_lines
+from orchestrator.report_cost import cost_lines
+from orchestrator.report_table import TrialRow, best, table
 from orchestrator.spec import Objective
 from orchestrator.statistics import PairedDifference, more_seeds, verdict
 
@@ -31,6 +34,10 @@ class Report:
     objectives: Sequence[Objective]
     baseline: str | None = None
     """Label, or point id, of the point that the others are compared with."""
+    controls: Sequence[str] = ()
+    """Labels of the control runs; see ``orchestrator.controls``."""
+    baselines: Sequence[str] = ()
+    """Labels of all rows that are no points of the search."""
     description: str = ""
     """What was run, in a sentence or two."""
     command: str = ""
@@ -41,6 +48,10 @@ class Report:
     """Pictures to show, linked relative to ``folder``."""
     folder: Path | None = None
     """Where ``report.md`` will lie."""
+    prices: PriceSettings | None = None
+    """Cost is shown as money too, where they are known."""
+    spent: Spent = NOTHING_SPENT
+    """What all runs of the sweep have held."""
 
 
 def to_text(frame: pd.DataFrame, width: int = 120) -> str:
@@ -77,7 +88,7 @@ def _fitting(frame: pd.DataFrame, width: int) -> list[Column]:
 
 def to_markdown(report: Report) -> str:
     """A complete report: what was run, which split is which, table, verdicts, cost, failures, how to look further."""
-    frame = table(report.rows, report.objectives, baseline=report.baseline)
+    frame = table(report.rows, report.objectives, baseline=report.baseline, prices=report.prices)
     sections = [
         f"# {report.name}",
         report.description,
@@ -85,7 +96,10 @@ def to_markdown(report: Report) -> str:
         _markdown_table(frame),
         _reading(report, frame),
         _section("Verdict", _verdicts(report, frame)),
-        _section("Cost", _cost(report)),
+        _section(
+            "Controls", control_lines(report.rows, report.objectives[0], report.controls, report.baselines)
+        ),
+        _section("Cost", cost_lines(report.rows, report.prices, report.spent)),
         _section("Not finished", _unfinished(report)),
         _section("Pictures", _pictures(report)),
         _section("Again, and further", _commands(report)),
@@ -238,18 +252,6 @@ def _point(point: pd.Series, frame: pd.DataFrame) -> str:
     values = {short: setting(point[name]) for name, short in short_names(frame.attrs["settings"]).items()}
     named = [f"{name} {value}" for name, value in values.items() if value != MISSING]
     return f"{point['label']} ({', '.join(named)})" if named else str(point["label"])
-
-
-def _cost(report: Report) -> list[str]:
-    total = cost(report.rows)
-    if total.alone_seconds <= 0:
-        return []
-    share = total.shared_seconds / total.alone_seconds
-    return [
-        f"Training every trial on its own would have taken {duration(total.alone_seconds)}; "
-        f"with shared stages it took {duration(total.paid_seconds)}: {duration(total.shared_seconds)} ({100 * share:.0f} %) saved. "
-        "These are training times summed over all trials, not the time on the clock."
-    ]
 
 
 def _unfinished(report: Report) -> list[str]:

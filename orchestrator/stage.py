@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -24,8 +25,10 @@ from methods.data.randomness import derive_seed
 from methods.data.split import stratified_split
 from methods.data.stream import Stream
 from methods.data.thin import thin
+from orchestrator.cost import stage_resources
 from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError, DamagedArtifactError, OutOfMemoryError
+from orchestrator.fence import OPEN, Fence, FencedSlot
 from orchestrator.loop import Row, Training, evaluate, train
 from orchestrator.optimisation import TrainSettings
 from orchestrator.plan import PlannedStage
@@ -58,10 +61,21 @@ def load_source(store: Store, key: str, catalog: Catalog) -> Source:
         settings=settings,
         model=model,
         task=task,
-        weights=load_tensors(store.read(key, "weights.safetensors")),
+        weights=_weights(key, store.read(key, "weights.safetensors")),
         inputs={role: load_source(store, source, catalog) for role, source in manifest["inputs"].items()},
         catalog=catalog,
     )
+
+
+def _weights(key: str, data: bytes) -> dict[str, torch.Tensor]:
+    try:
+        return dict(load_tensors(data))
+    except (
+        SafetensorError
+    ) as error:  # for instance a pickle, planted by somebody who can write to the storage
+        raise DamagedArtifactError(
+            f"artifact {key}: weights.safetensors is no safetensors file ({error}); it was not loaded"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -73,14 +87,17 @@ class StageRunner:
     run: RunSettings
     load_data: Callable[[DataSettings], ImageData]
     workers: Workers = SOLO
+    fence: Fence = OPEN
+    """Refuses what this process would write when another has taken over its stage."""
 
     def execute(self, stage: PlannedStage, report: Callable[[Row], bool | None]) -> None:
         """Train ``stage`` (from its last checkpoint, if there is one) and put its artifact into the store.
 
         ``report`` gets each epoch's row on the first worker; it may raise, or return True, to stop.
         """
-        torch.set_num_threads(self.run.cpus_per_worker)
-        device = pick_device(self.run.gpus_per_worker)
+        wanted = self.run.for_stage(stage.name)
+        torch.set_num_threads(wanted.cpus_per_worker)
+        device = pick_device(wanted.gpus_per_worker)
         data = self.load_data(stage.data)
         task = data.task()
         with out_of_memory_named(stage, device):
@@ -110,7 +127,7 @@ class StageRunner:
             seed=derive_seed(stage.seed, "train", stage.spec.method),
             device=device,
             workers=self.workers,
-            checkpoints=self.store.checkpoints(stage.key),
+            checkpoints=FencedSlot(self.store.checkpoints(stage.key), self.fence),
             observe=report,
             checkpoint_seconds=self.run.checkpoint_seconds,
         )
@@ -169,12 +186,13 @@ class StageRunner:
             "normalisation": {"mean": list(data.mean), "std": list(data.std)},
             "class_names": list(data.class_names),
             "metrics": {**metrics, "num_parameters": float(num_parameters), "seconds": training.seconds},
-            "cost": self._cost(training),
+            "cost": self._cost(stage, training),
             "placement": {
                 "host": socket.gethostname(),
                 "device": device_name(device),
                 "workers": self.workers.size,
                 "batch_per_worker": stage.spec.train.batch_size // self.workers.size,
+                "batch_scale": stage.spec.batch_scale,
             },
             "versions": versions(),
             "finished": time.time(),
@@ -184,6 +202,7 @@ class StageRunner:
             "weights.safetensors": save_tensors(weights),
             "history.json": json.dumps(training.history).encode(),
         }
+        self.fence.check()
         self.store.put(stage.key, files, manifest)
         self.store.checkpoints(stage.key).delete()
 
@@ -202,11 +221,14 @@ class StageRunner:
             "epochs": stage.epochs,
         }
 
-    def _cost(self, training: Training) -> dict[str, float]:
+    def _cost(self, stage: PlannedStage, training: Training) -> dict[str, float]:
+        """``cpu_seconds`` were used by the processes; ``held_cpu_seconds`` and ``gpu_seconds`` were reserved."""
+        held = stage_resources(self.run, stage.name)
         return {
             "seconds": training.seconds,
             "cpu_seconds": training.cpu_seconds,
-            "gpu_seconds": training.seconds * self.run.gpus_per_worker * self.workers.size,
+            "held_cpu_seconds": training.worker_seconds * held.cpus_per_worker,
+            "gpu_seconds": training.worker_seconds * held.gpus_per_worker,
             "peak_memory_bytes": training.peak_memory_bytes,
             "resumed_epochs": training.resumed_epochs,
         }

@@ -72,8 +72,10 @@ class Training:
     """Metrics of the kept epoch."""
     seconds: float
     """Wall time, that of earlier attempts up to their last checkpoint included."""
+    worker_seconds: float
+    """Wall time times the number of workers, counted alike."""
     cpu_seconds: float
-    """CPU time of this worker's process, counted alike."""
+    """CPU time used by all workers' processes, counted alike."""
     peak_memory_bytes: int
     """Peak memory allocated on the GPU, or peak resident size of the whole process on the CPU."""
     resumed_epochs: int
@@ -90,6 +92,7 @@ def untrained(method: Method, metrics: Mapping[str, float]) -> Training:
         metrics=dict(metrics),
         seconds=0.0,
         cpu_seconds=0.0,
+        worker_seconds=0.0,
         peak_memory_bytes=0,
         resumed_epochs=0,
     )

@@ -9,7 +9,19 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from orchestrator.report import Objective, Report, TrialRow, best, cost, table, to_markdown, to_text
+from orchestrator.cost import MachineTime, PriceSettings, Spent
+from orchestrator.report import (
+    Objective,
+    Report,
+    TrialRow,
+    best,
+    cost,
+    cost_lines,
+    cost_table,
+    table,
+    to_markdown,
+    to_text,
+)
 from orchestrator.report_cells import MISSING, duration, setting, short_names, signed
 
 TOP1 = [Objective(name="student.top1")]
@@ -165,6 +177,38 @@ def test_markdown_tells_splits_verdicts_cost_failures_and_commands(tmp_path: Pat
 def test_cost_counts_every_trial() -> None:
     total = cost([row("p", 0, seconds=10.0, shared_seconds=4.0), row("p", 1, seconds=5.0, status="failed")])
     assert (total.alone_seconds, total.shared_seconds, total.paid_seconds) == (15.0, 4.0, 11.0)
+
+
+HELD = MachineTime(cpu_seconds=7200.0, gpu_seconds=3600.0)
+SHARED = MachineTime(cpu_seconds=3600.0, gpu_seconds=1800.0)
+
+
+def test_machine_time_and_money_of_a_point_and_of_each_trial() -> None:
+    rows = [*kd(), row("p", 0, 71.0, seconds=3600.0, held=HELD, shared_held=SHARED), row("p", 1, status="waiting", seconds=0.0)]  # fmt: skip
+    prices = PriceSettings(gpu_hour=2.0, cpu_hour=0.5, currency="CHF")
+    point = table(rows, TOP1, baseline="kd", prices=prices).set_index("point").loc["p"]
+    assert (point["cpu_hours"], point["gpu_hours"], point["money"]) == (2.0, 1.0, 3.0)
+    assert (point["shared_cpu_hours"], point["shared_gpu_hours"], point["shared_money"]) == (1.0, 0.5, 1.5)
+    assert "CHF/" in to_text(table(rows, TOP1, baseline="kd", prices=prices), 200)
+    trials = cost_table(rows, prices)
+    assert len(trials) == len(rows)
+    assert trials.iloc[3][["own_cpu_hours", "own_gpu_hours", "own_money", "shared_money"]].tolist() == [1.0, 0.5, 1.5, 1.5]  # fmt: skip
+
+
+def test_cost_columns_that_say_nothing_are_left_out() -> None:
+    rows = [row("p", 0, 71.0, held=MachineTime(cpu_seconds=100.0))]
+    assert not {"cpu_hours", "gpu_hours", "money"} & set(table(rows, TOP1))
+    wide = [row("p", 0, 71.0, held=MachineTime(cpu_seconds=200.0))]
+    assert set(table(wide, TOP1)) - set(table(rows, TOP1)) == {"cpu_hours", "shared_cpu_hours"}
+
+
+def test_the_report_tells_lost_work() -> None:
+    rows = [row("p", 0, 71.0, held=HELD, shared_held=SHARED)]
+    spent = Spent(finished=HELD, unfinished=SHARED)
+    lines = cost_lines(rows, None, spent)
+    assert "Held by that training: 0.50 GPU-h, 1.00 CPU-h; saved by sharing: 0.50 GPU-h, 1.00 CPU-h." in lines
+    assert "All runs of this sweep held 1.50 GPU-h, 3.00 CPU-h" in lines[-1]
+    assert "0.50 GPU-h, 1.00 CPU-h of it on stages that failed" in lines[-1]
 
 
 def test_a_table_written_to_csv_reads_back(tmp_path: Path) -> None:
