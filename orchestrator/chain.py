@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from methods.base import Method, ModelSettings
 from methods.catalog import Catalog, UnknownNameError
+from orchestrator.data_section import DataSettings, parse_data
 from orchestrator.optimisation import TrainSettings
 from orchestrator.settings import Problems, Typed, as_mapping, nearest, parse
 
 __all__ = ["Chain", "StageSpec", "resolve_chain", "with_baseline"]
 
-COMMON = ("method", "model", "train", "seed")
+COMMON = ("method", "model", "train", "seed", "data")
 """Settings that every stage may have besides those of its method."""
 
 
@@ -29,6 +30,8 @@ class StageSpec:
     train: TrainSettings
     seed: int | Literal["trial"]
     inputs: Mapping[str, str]
+    data: DataSettings | None = None
+    """What the stage learns from: the experiment's data, or its own; None where neither can be understood."""
 
 
 Chain = dict[str, StageSpec]
@@ -40,7 +43,7 @@ def with_baseline(
 ) -> dict[str, dict[str, Any]]:
     """Stages in which those of a baseline take the place of ours.
 
-    A replaced stage inherits ``model``, ``train`` and ``seed`` where it does not name them: the baseline differs
+    A replaced stage inherits ``model``, ``train``, ``seed`` and ``data`` where it does not name them: the baseline differs
     from the experiment in its method and that method's settings, not by accident in its recipe.
     """
     merged = {
@@ -48,7 +51,9 @@ def with_baseline(
     }
     for name in replaced:
         if name in stages:
-            inherited = {key: stages[name][key] for key in ("model", "train", "seed") if key in stages[name]}
+            inherited = {
+                key: stages[name][key] for key in ("model", "train", "seed", "data") if key in stages[name]
+            }
             merged[name] = {**inherited, **replaced[name]}
             merged[name].setdefault("method", stages[name].get("method"))
     return merged
@@ -72,14 +77,18 @@ def resolve_chain(
     target: str,
     catalog: Catalog,
     problems: Problems,
+    data: DataSettings | None = None,
 ) -> Chain:
-    """Type all ``stages`` with ``values`` laid over them; return those that lead to ``target``."""
+    """Type all ``stages`` with ``values`` laid over them; return those that lead to ``target``.
+
+    ``data`` is the experiment's section, which a stage's own may change.
+    """
     raw = {name: copy.deepcopy(dict(stage)) for name, stage in stages.items()}
     for path, value in values.items():
         _lay_over(raw, path, value)
     typed: Chain = {}
     for name, stage in raw.items():
-        spec = _resolve_stage(name, dict(stage), raw, target, typed, catalog, problems)
+        spec = _resolve_stage(name, dict(stage), raw, target, typed, catalog, problems, data)
         if spec is not None:
             typed[name] = spec
     return _ancestors(typed, target) if not problems else typed
@@ -106,6 +115,7 @@ def _resolve_stage(
     earlier: Chain,
     catalog: Catalog,
     problems: Problems,
+    data: DataSettings | None,
 ) -> StageSpec | None:
     path = f"stages.{name}"
     method_name = stage.pop("method", None)
@@ -115,9 +125,9 @@ def _resolve_stage(
     num_problems = len(problems)
     model = _resolve_model(stage.pop("model", None), method, f"{path}.model", catalog, problems)
     train = _resolve_train(stage.pop("train", None), method, f"{path}.train", problems)
-    seed = stage.pop("seed", "trial" if name == target else 0)
-    if seed != "trial" and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        problems.add(f"{path}.seed", f"expected 'trial' or a whole number from 0, got {seed!r}")
+    seed = _resolve_seed(stage.pop("seed", "trial" if name == target else 0), f"{path}.seed", problems)
+    if "data" in stage:
+        data = parse_data(stage.pop("data"), f"{path}.data", catalog, problems, data)
     inputs = {}
     for role, needs in method.inputs.items():
         source = _resolve_input(role, stage.pop(role, None), needs, path, stages, earlier, catalog, problems)
@@ -127,7 +137,14 @@ def _resolve_stage(
     if len(problems) > num_problems or train is None:
         return None
     return StageSpec(
-        name=name, method=method_name, settings=settings, model=model, train=train, seed=seed, inputs=inputs
+        name=name,
+        method=method_name,
+        settings=settings,
+        model=model,
+        train=train,
+        seed=seed,
+        inputs=inputs,
+        data=data,
     )
 
 
@@ -141,6 +158,12 @@ def _resolve_method(name: Any, path: str, catalog: Catalog, problems: Problems) 
     except UnknownNameError as error:
         problems.add(path, str(error))
         return None
+
+
+def _resolve_seed(seed: Any, path: str, problems: Problems) -> int | Literal["trial"]:
+    if seed != "trial" and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        problems.add(path, f"expected 'trial' or a whole number from 0, got {seed!r}")
+    return seed  # type: ignore[no-any-return]
 
 
 def _resolve_train(value: Any, method: type[Method], path: str, problems: Problems) -> TrainSettings | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.chain import Chain, StageSpec
+from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError
 from orchestrator.keys import Facts, active_settings, active_train, content_key, cost_signature, stage_content
 from orchestrator.settings import to_plain
@@ -31,6 +32,7 @@ class PlannedStage:
     name: str
     key: str
     spec: StageSpec
+    data: DataSettings
     seed: int
     inputs: Mapping[str, str]
     content: Mapping[str, Any]
@@ -88,20 +90,22 @@ class Planner:
         signatures: dict[str, str] = {}
         planned = []
         for name, stage in chain.items():
+            data = stage.data or self.spec.data
             seed = trial_seed if stage.seed == "trial" else stage.seed
             inputs = {role: keys[source] for role, source in stage.inputs.items()}
             content = stage_content(
-                stage, seed=seed, inputs=inputs, facts=self.facts, catalog=self.spec.catalog
+                stage, data=data, seed=seed, inputs=inputs, facts=self.facts, catalog=self.spec.catalog
             )
             keys[name] = content_key(content)
             signatures[name] = cost_signature(
-                stage, {role: signatures[source] for role, source in stage.inputs.items()}, self.facts
+                stage, data, {role: signatures[source] for role, source in stage.inputs.items()}, self.facts
             )
             planned.append(
                 PlannedStage(
                     name=name,
                     key=keys[name],
                     spec=stage,
+                    data=data,
                     seed=seed,
                     inputs=inputs,
                     content=content,

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from ray.tune.search import Searcher
 
 from methods import BUILTIN, Catalog
 from methods.data.base import ImageData
+from orchestrator.data_section import DataSettings
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.errors import ConfigurationError
 from orchestrator.loop import Row
@@ -74,17 +75,18 @@ class SweepListener(Protocol):
 
 
 class SharedData:
-    """A data set in Ray's object store: loaded once by the driver, mapped read-only into every trial's process."""
+    """Data sets in Ray's object store: loaded once by the driver, mapped read-only into every trial's process."""
 
     _loaded: dict[str, ImageData] = {}  # noqa: RUF012 - one per process, on purpose
 
-    def __init__(self, data: ImageData) -> None:
-        self._reference = ray.put(data)
+    def __init__(self, data: Iterable[tuple[str, ImageData]]) -> None:
+        self._references = {name: ray.put(loaded) for name, loaded in data}
 
-    def __call__(self) -> ImageData:
-        name = self._reference.hex()
+    def __call__(self, section: DataSettings) -> ImageData:
+        reference = self._references[section.source_id]
+        name = reference.hex()
         if name not in self._loaded:
-            self._loaded[name] = ray.get(self._reference)
+            self._loaded[name] = ray.get(reference)
         return self._loaded[name]
 
 

@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from methods.catalog import Catalog
-from methods.data.base import Augment, DataSource
 from orchestrator.chain import Chain, resolve_chain, with_baseline
+from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError
 from orchestrator.settings import Problems
 from orchestrator.space import Domain
 
 __all__ = [
     "ConfirmSettings",
-    "DataSettings",
     "ExperimentSpec",
     "Objective",
     "RunSettings",
@@ -40,30 +39,6 @@ class Objective:
     @property
     def metric(self) -> str:
         return self.name.partition(".")[2]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataSettings:
-    """The data section: which data set, what is held out, how training images are augmented."""
-
-    source: DataSource
-    """The data set with its own settings."""
-    dataset: str
-    """A name from the data set table."""
-    validation: float = 0.1
-    """Fraction of the training data held out, stratified by class. Every choice reads this split."""
-    split_seed: int = 0
-    """Which validation split is drawn."""
-    augment: Augment | None = None
-    """Augmentation of training images; the data set's own by default."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.validation < 1.0:
-            raise ValueError(f"validation must be a fraction in [0, 1), got {self.validation}")
-
-    @property
-    def active_augment(self) -> Augment:
-        return self.source.default_augment if self.augment is None else self.augment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,7 +172,7 @@ class ExperimentSpec:
         """The typed stages of a point (of the baseline ``label``, or of the experiment itself)."""
         problems = Problems()
         stages = self.stages if label is None else with_baseline(self.stages, self.baselines[label])
-        chain = resolve_chain(stages, values, self.target, self.catalog, problems)
+        chain = resolve_chain(stages, values, self.target, self.catalog, problems, self.data)
         if problems:
             raise ConfigurationError(*problems)
         return chain

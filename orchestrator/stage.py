@@ -23,11 +23,13 @@ from methods.data.base import ImageData
 from methods.data.randomness import derive_seed
 from methods.data.split import stratified_split
 from methods.data.stream import Stream
+from methods.data.thin import thin
+from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError, DamagedArtifactError, OutOfMemoryError
 from orchestrator.loop import Row, Training, evaluate, train
 from orchestrator.plan import PlannedStage
 from orchestrator.settings import Problems, parse, to_plain
-from orchestrator.spec import DataSettings, RunSettings
+from orchestrator.spec import RunSettings
 from orchestrator.store import Store
 from orchestrator.workers import SOLO, Workers
 
@@ -66,9 +68,8 @@ class StageRunner:
 
     store: Store
     catalog: Catalog
-    data: DataSettings
     run: RunSettings
-    load_data: Callable[[], ImageData]
+    load_data: Callable[[DataSettings], ImageData]
     workers: Workers = SOLO
 
     def execute(self, stage: PlannedStage, report: Callable[[Row], bool | None]) -> None:
@@ -78,7 +79,7 @@ class StageRunner:
         """
         torch.set_num_threads(self.run.cpus_per_worker)
         device = pick_device(self.run.gpus_per_worker)
-        data = self.load_data()
+        data = self.load_data(stage.data)
         task = data.task()
         with out_of_memory_named(stage, device):
             method = self._build(stage, task, device)
@@ -87,7 +88,7 @@ class StageRunner:
                 method,
                 settings=stage.spec.train,
                 training=streams["training"],
-                validation=streams["validation"] if self.data.validation > 0 else None,
+                validation=streams["validation"] if stage.data.validation > 0 else None,
                 seed=derive_seed(stage.seed, "train", stage.spec.method),
                 device=device,
                 workers=self.workers,
@@ -120,7 +121,11 @@ class StageRunner:
         return method.to(device)
 
     def _streams(self, stage: PlannedStage, data: ImageData, device: torch.device) -> dict[str, Stream]:
-        kept, held_out = stratified_split(data.train.labels, self.data.validation, self.data.split_seed)
+        settings, labels = stage.data, data.train.labels
+        kept, held_out = stratified_split(labels, settings.validation, settings.split_seed)
+        kept = thin(
+            labels, kept, fraction=settings.fraction, imbalance=settings.imbalance, seed=settings.split_seed
+        )
         common: dict[str, Any] = {
             "mean": data.mean, "std": data.std, "device": device,
             "rank": self.workers.rank, "num_workers": self.workers.size,
@@ -129,7 +134,7 @@ class StageRunner:
         return {
             "training": Stream(
                 data.train, indices=kept, batch_size=stage.spec.train.batch_size,
-                seed=derive_seed(stage.seed, "data", stage.spec.method), augment=self.data.active_augment,
+                seed=derive_seed(stage.seed, "data", stage.spec.method), augment=settings.active_augment,
                 shuffle=True, **common,
             ),
             "validation": Stream(data.train, indices=held_out, **fixed),
@@ -174,7 +179,7 @@ class StageRunner:
             "settings": to_plain(stage.spec.settings),
             "model": to_plain(stage.spec.model),
             "train": to_plain(stage.spec.train),
-            "dataset": self.data.dataset,
+            "dataset": stage.data.dataset,
             "seed": stage.seed,
             "inputs": dict(stage.inputs),
             "signature": stage.signature,

@@ -6,15 +6,16 @@ import logging
 import subprocess
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from methods.data.base import ImageData
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.ending import Endings
 from orchestrator.errors import ConfigurationError, StorageError
-from orchestrator.facts import gather_facts
+from orchestrator.facts import data_sections, gather_facts
 from orchestrator.journal import EndStatus, Journal
 from orchestrator.keys import Facts
 from orchestrator.monitor import Monitor
@@ -105,7 +106,7 @@ class Sweep:
                     f"warning: {trouble} The sweep goes on; its journal is sent when the server is back."
                 )
             log = SweepLog(journal, self.spec, self.store, code_version())
-            log.sweep_started(self.document_text, self.facts.data)
+            log.sweep_started(self.document_text, self.facts.data[self.spec.data.source_id])
             try:
                 dispatcher, interrupted = self._drive(endings, log, display, run_id)
             except BaseException:
@@ -156,12 +157,7 @@ class Sweep:
         from orchestrator.ray_train import DistributedExecute
         from orchestrator.ray_tune import SharedData, drive
 
-        try:
-            data = self.spec.data.source.load()
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"data: {error}") from error
-        stages = StageRunner(self.store, self.spec.catalog, self.spec.data, self.spec.run, SharedData(data))
-        del data
+        stages = StageRunner(self.store, self.spec.catalog, self.spec.run, SharedData(self._load_data()))
         execute = stages.execute if self.spec.run.workers == 1 else DistributedExecute(stages)
         runner = TrialRunner(self.store, execute, self.spec.search.objectives, run_id)
         interrupted = False
@@ -180,6 +176,14 @@ class Sweep:
         finally:
             self.store.delete_json(stop_path(run_id))
         return interrupted
+
+    def _load_data(self) -> Iterator[tuple[str, ImageData]]:
+        """Every data set that a stage may ask for, one after the other."""
+        for name, section in data_sections(self.spec).items():
+            try:
+                yield name, section.source.load()
+            except (OSError, ValueError) as error:
+                raise ConfigurationError(f"data {section.dataset}: {error}") from error
 
     def _dispatcher(self, recall: Callable[[Trial], Outcome | None]) -> Dispatcher:
         return Dispatcher(

@@ -32,7 +32,7 @@ class SweepLog:
         self._seen_epochs: dict[str, float] = {}
         self.sweep_id = f"sweep:{spec.name}"
 
-    def sweep_started(self, document_text: str, facts: Mapping[str, Any]) -> None:
+    def sweep_started(self, document_text: str, data_fingerprint: str) -> None:
         search = self._spec.search
         self._journal.run(
             self.sweep_id,
@@ -41,7 +41,7 @@ class SweepLog:
             kind="sweep",
             tags={
                 "stillhouse.dataset": self._spec.data.dataset,
-                "stillhouse.data_fingerprint": facts["fingerprint"],
+                "stillhouse.data_fingerprint": data_fingerprint,
                 "stillhouse.code_version": self._code_version,
                 "stillhouse.storage": self._store.url,
                 "mlflow.note.content": f"```yaml\n{document_text}\n```",
@@ -106,7 +106,7 @@ class SweepLog:
                 "stillhouse.stage": stage.name,
                 "stillhouse.shared": str(shared).lower(),
                 "stillhouse.seed": str(stage.seed),
-                "stillhouse.dataset": self._spec.data.dataset,
+                "stillhouse.dataset": stage.data.dataset,
             },
         )
         settings = {"method": stage.spec.method, **active_settings(stage.spec, self._spec.catalog)}
