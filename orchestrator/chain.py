@@ -32,6 +32,8 @@ class StageSpec:
     inputs: Mapping[str, str]
     data: DataSettings | None = None
     """What the stage learns from: the experiment's data, or its own; None where neither can be understood."""
+    batch_scale: int = 1
+    """By how much ``run.batch: scale`` has multiplied batch size and learning rate in ``train``."""
 
 
 Chain = dict[str, StageSpec]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from orchestrator.errors import ConfigurationError
-from orchestrator.plan import Planner, Point, Trial
+from orchestrator.plan import PlannedStage, Planner, Point, Trial
 from orchestrator.search import Sampler
 
 __all__ = ["Dispatcher", "Outcome", "Status"]
@@ -108,6 +108,12 @@ class Dispatcher:
     @property
     def running(self) -> Mapping[str, Trial]:
         return dict(self._running)
+
+    def missing(self, trial: Trial) -> tuple[PlannedStage, ...]:
+        """The stages of ``trial`` that nobody has made yet; none where its last one is stored."""
+        if self._is_stored(trial.key):
+            return ()
+        return tuple(stage for stage in trial.stages if not self._is_stored(stage.key))
 
     def ended(self, trial: Trial, outcome: Outcome) -> None:
         """Take in how a started trial ended."""

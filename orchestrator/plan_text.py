@@ -35,7 +35,20 @@ def plan_text(plan: Plan) -> str:
                 duration(plan.seconds(to_run)) if to_run else "–",
             )
         )
-    return "\n".join([_headline(plan), "", *_columns(rows), "", *_closing(plan)])
+    return "\n".join([_headline(plan), "", *_columns(rows), "", *_scaled_batches(plan), *_closing(plan)])
+
+
+def _scaled_batches(plan: Plan) -> list[str]:
+    """What ``run.batch: scale`` makes of the stages: one line for each combination."""
+    lines = []
+    for stage in plan.stages.values():
+        factor, train = stage.spec.batch_scale, stage.spec.train
+        if factor > 1:
+            lines.append(
+                f"run.batch scale: {stage.name} trains with batch_size {train.batch_size} ({factor} workers x {train.batch_size // factor}) "
+                f"and learning_rate {train.learning_rate:g} ({factor} x {train.learning_rate / factor:g})."
+            )
+    return list(dict.fromkeys(lines))
 
 
 def _headline(plan: Plan) -> str:

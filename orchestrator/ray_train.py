@@ -1,160 +1,269 @@
-"""Ray Train runs one stage on several workers: distributed data parallel over one host or many.
+"""Where a stage is trained: in the trial's process, in a Ray task, or by a group of workers under Ray Train.
 
-The workers speak to the trial through the store: worker 0 keeps a small progress document, and a stop document asks
-them to leave after an epoch. That works on any storage and from any host, and survives the restart of either side.
+Whoever trains elsewhere speaks to the trial through the store: worker 0 keeps a small progress document, and a stop
+document asks for the end of the epoch. That works on any storage and from any host. Errors come back through Ray.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import ray
 import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.exceptions import OutOfMemoryError as KilledForMemoryError
+from ray.exceptions import RayError, RayTaskError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestrator.errors import ConfigurationError, DivergedError, OutOfMemoryError, StillhouseError
+from orchestrator.errors import OutOfMemoryError, StillhouseError
+from orchestrator.fence import LeaseFence
+from orchestrator.group_failures import GroupFailures, PauseBeforeCollateral
 from orchestrator.loop import Row, StopTraining
+from orchestrator.placement import WorkerSettings
 from orchestrator.plan import PlannedStage
 from orchestrator.stage import StageRunner
-from orchestrator.store import Store
-from orchestrator.workers import TorchWorkers
+from orchestrator.workers import SOLO, TorchWorkers, Workers
 
-__all__ = ["DistributedExecute"]
+__all__ = ["StageExecute"]
 
 LOOK_SECONDS = 0.3
-FINAL = {kind.__name__: kind for kind in (ConfigurationError, DivergedError)}
-"""Errors that every worker meets alike, and that another attempt would meet again."""
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+"""For Ray Train's controller. A watcher of its own process would add seconds to each start, and tell us nothing:
+workers on a node that goes away are started again without being counted, watched or not."""
+PASSED_ON = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_DEBUG")
+"""What a user sets where the sweep is started, and means for the workers: by which network they meet."""
+UNUSED_CALLBACKS = ("DatasetsCallback",)
+"""Parts of Ray Train that start a process for every group of workers, for Ray Data, which we do not use."""
+
+
+def environment_of_workers() -> dict[str, str]:
+    """The variables that the user has set here for the workers."""
+    return {name: os.environ[name] for name in PASSED_ON if name in os.environ}
 
 
 @dataclass(frozen=True)
-class DistributedExecute:
-    """Trains a stage on ``run.workers`` Ray Train workers, seen from the trial's process."""
+class StageExecute:
+    """Trains a stage with the workers it asks for, seen from the trial's process. Made in the driver."""
 
     stages: StageRunner
+    environment: Mapping[str, str] = field(default_factory=environment_of_workers)
+    """What the workers find in their environment."""
 
     def __call__(self, stage: PlannedStage, report: Callable[[Row], bool | None]) -> None:
-        """Start the workers, pass each new row to ``report``, and stop them when it says so or raises."""
-        store = self.stages.store
-        for path in (_progress_path(stage), _stop_path(stage)):
-            store.delete_json(path)
-        fit = _Fit(self._trainer(stage))
-        fit.start()
-        try:
-            self._follow(stage, fit, report)
-        finally:
-            if fit.is_alive():
-                store.write_json(_stop_path(stage), {"at": time.time()})
-                fit.join()
-            told = store.read_json(_progress_path(stage)) or {}
-            store.delete_json(_progress_path(stage))
-            store.delete_json(_stop_path(stage))
-        _raise_what_was_told(told)
-        if fit.error is not None:
-            raise _as_ours(fit.error, stage)
-        if told.get("stopped"):
-            raise StopTraining(f"stage {stage.name} ({stage.key[:8]}) was asked to stop")
+        """Train ``stage``, pass each new row to ``report``, and stop when it says so or raises.
 
-    def _follow(self, stage: PlannedStage, fit: _Fit, report: Callable[[Row], bool | None]) -> None:
+        Raises:
+            StopTraining: ``report`` asked for it, or this trial does not hold what the stage needs (an artifact that
+                it counted on has gone, for instance) and is to be started again.
+        """
+        wanted = self.stages.run.for_stage(stage.name)
+        fence = self._fence(stage)
+        held = _held_resources()
+        if wanted.is_alone and _covers(held, wanted.resources):
+            replace(self.stages, fence=fence).execute(stage, report)
+        elif _covers(held, {"CPU": 1.0}):
+            # Its own workers might wait for ever for what it holds itself.
+            raise StopTraining(f"stage {stage.name} needs other resources than this trial holds: {held}")
+        else:
+            self._delegate(stage, report, wanted, fence)
+
+    def _fence(self, stage: PlannedStage) -> LeaseFence:
+        """For the lease that this process holds on the stage."""
+        store = self.stages.store
+        fence = LeaseFence(store=store, key=stage.key, generation=store.generation(stage.key))
+        holder = store.holder(stage.key)
+        if holder is not None and holder.pid != os.getpid():
+            raise StopTraining(f"stage {stage.name} ({stage.key[:8]}) was taken over by {holder.host}")
+        return fence
+
+    def _delegate(
+        self,
+        stage: PlannedStage,
+        report: Callable[[Row], bool | None],
+        wanted: WorkerSettings,
+        fence: LeaseFence,
+    ) -> None:
+        store = self.stages.store
+        fence.remove()
+        store.delete_json(_folder(fence))
+        job = _Job(self._task(stage, wanted, fence) if wanted.is_alone else self._group(stage, wanted, fence))
+        job.start()
+        try:
+            self._follow(fence, job, report)
+        finally:
+            if job.is_alive():
+                store.write_json(_stop_path(fence), {"at": time.time()})
+                job.join()
+            fence.remove()
+            store.delete_json(_folder(fence))
+        if job.error is not None:
+            raise _as_ours(job.error, stage) from job.error
+        if not store.has(stage.key):
+            raise StillhouseError(
+                f"stage {stage.name} ({stage.key[:8]}): its workers left without an artifact"
+            )
+
+    def _follow(self, fence: LeaseFence, job: _Job, report: Callable[[Row], bool | None]) -> None:
         last_epoch = 0.0
         while True:
-            alive = fit.is_alive()
-            told = self.stages.store.read_json(_progress_path(stage)) or {}
+            alive = job.is_alive()
+            told = fence.store.read_json(_progress_path(fence)) or {}
             for row in told.get("rows", []):
-                if row["epoch"] > last_epoch:
+                if row["epoch"] > last_epoch:  # a group that was started again shows some epochs twice
                     last_epoch = row["epoch"]
                     if report(row):
                         return
             if not alive:
                 return
-            fit.join(LOOK_SECONDS)
+            job.join(LOOK_SECONDS)
 
-    def _trainer(self, stage: PlannedStage) -> TorchTrainer:
-        run = self.stages.run
-        resources = {"CPU": float(run.cpus_per_worker)}
-        if run.gpus_per_worker:
-            resources["GPU"] = run.gpus_per_worker
-        return TorchTrainer(
-            _train_worker,
-            train_loop_config={"stages": self.stages, "stage": stage},
+    def _task(self, stage: PlannedStage, wanted: WorkerSettings, fence: LeaseFence) -> Callable[[], Any]:
+        """One worker: a Ray task, whose process is there already from the task before."""
+        task = ray.remote(_train_alone).options(
+            num_cpus=wanted.cpus_per_worker,
+            num_gpus=wanted.gpus_per_worker,
+            max_retries=self.stages.run.max_failures,
+            runtime_env={"env_vars": dict(self.environment)} if self.environment else None,
+            # Not inside of the trial's own placement group, which holds no more than a token.
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),
+        )
+        return lambda: ray.get(task.remote(self.stages, stage, fence))
+
+    def _group(self, stage: PlannedStage, wanted: WorkerSettings, fence: LeaseFence) -> Callable[[], Any]:
+        """Several workers: Ray Train."""
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        trainer = _Trainer(
+            _train_in_group,
+            train_loop_config={"stages": self.stages, "stage": stage, "fence": fence},
+            # Two workers cannot share a GPU under NCCL.
+            torch_config=TorchConfig(backend="nccl" if wanted.gpus_per_worker >= 1 else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=run.workers, use_gpu=run.gpus_per_worker > 0, resources_per_worker=resources
+                num_workers=wanted.num_workers,
+                use_gpu=wanted.gpus_per_worker > 0,
+                resources_per_worker=wanted.resources,
+                placement_strategy=wanted.placement.upper(),
             ),
             run_config=RunConfig(
                 name=f"{stage.name}-{stage.key[:8]}",
                 storage_path=f"{self.stages.store.url.rstrip('/')}/train",
-                failure_config=FailureConfig(max_failures=run.max_failures),
+                failure_config=FailureConfig(max_failures=-1),  # counted by GroupFailures
+                callbacks=[GroupFailures(self.stages.run.max_failures)],
+                worker_runtime_env={"env_vars": dict(self.environment)},
             ),
         )
+        fit: Callable[[], Any] = trainer.fit
+        return fit
 
 
-class _Fit(threading.Thread):
-    """``trainer.fit()`` beside the trial's own thread."""
+class _Trainer(TorchTrainer):
+    """Ray's trainer without what we do not use: each group starts one process less."""
 
-    def __init__(self, trainer: TorchTrainer) -> None:
-        super().__init__(name="ray-train-fit", daemon=True)
-        self._trainer = trainer
+    def _create_default_callbacks(self) -> list[Any]:
+        made = super()._create_default_callbacks()
+        return [callback for callback in made if type(callback).__name__ not in UNUSED_CALLBACKS]
+
+
+class _Job(threading.Thread):
+    """What Ray does for us, beside the trial's own thread."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        super().__init__(name="stage", daemon=True)
+        self._work = work
         self.error: Exception | None = None
 
     def run(self) -> None:
         try:
-            self._trainer.fit()
+            self._work()
         except Exception as error:  # raised again by the trial's thread
             self.error = error
 
 
-def _train_worker(config: dict[str, Any]) -> None:
-    """What every worker runs. Errors that no other attempt would change are told, not raised: Train does not retry."""
+def _train_alone(stages: StageRunner, stage: PlannedStage, fence: LeaseFence) -> None:
+    _train(stages, stage, fence, SOLO)
+
+
+def _train_in_group(config: dict[str, Any]) -> None:
+    """What every worker runs. All of them leave together; only what happened to the first worker is told."""
     stages: StageRunner = config["stages"]
     stage: PlannedStage = config["stage"]
-    gpu = stages.run.gpus_per_worker > 0
+    gpu = stages.run.for_stage(stage.name).gpus_per_worker > 0
     workers = TorchWorkers.current(ray.train.torch.get_device() if gpu else torch.device("cpu"))
-    telling = _Telling(stages.store, stage)
-    try:
-        replace(stages, workers=workers).execute(stage, telling.row)
-    except StopTraining:
-        telling.tell(workers.rank, stopped=True)
-    except (ConfigurationError, DivergedError) as error:
-        telling.tell(workers.rank, kind=type(error).__name__, text=str(error))
+    with PauseBeforeCollateral():
+        try:
+            _train(stages, stage, config["fence"], workers)
+        except StopTraining:
+            if workers.rank == 0:
+                raise
 
 
-class _Telling:
-    """Worker 0's side of the progress document."""
+def _train(stages: StageRunner, stage: PlannedStage, fence: LeaseFence, workers: Workers) -> None:
+    """Train, on the first worker with a fence of its own, so that earlier starts of this stage write no more."""
+    store = stages.store
+    if workers.rank == 0:
+        fence = replace(fence, group=uuid.uuid4().hex)
+        fence.take()
+        stages = replace(stages, fence=fence)
+    rows: list[Row] = []
 
-    def __init__(self, store: Store, stage: PlannedStage) -> None:
-        self._store = store
-        self._stage = stage
-        self._rows: list[Row] = []
+    def tell(row: Row) -> bool:
+        fence.check()
+        rows.append(row)
+        store.write_json(_progress_path(fence), {"rows": rows})
+        return store.read_json(_stop_path(fence)) is not None
 
-    def row(self, row: Row) -> bool:
-        self._rows.append(row)
-        self._store.write_json(_progress_path(self._stage), {"rows": self._rows})
-        return self._store.read_json(_stop_path(self._stage)) is not None
-
-    def tell(self, rank: int, **news: Any) -> None:
-        if rank == 0:
-            self._store.write_json(_progress_path(self._stage), {"rows": self._rows, **news})
+    replace(stages, workers=workers).execute(stage, tell)
 
 
-def _raise_what_was_told(told: dict[str, Any]) -> None:
-    if "kind" in told:
-        raise FINAL[told["kind"]](told["text"])
+def _held_resources() -> dict[str, float]:
+    """What Ray has given to this process: in a trial, what the trial holds."""
+    if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+        return {}
+    held: dict[str, float] = ray.get_runtime_context().get_assigned_resources()
+    return held
+
+
+def _covers(held: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
+    return all(held.get(kind, 0.0) >= amount - 1e-9 for kind, amount in wanted.items())
 
 
 def _as_ours(error: Exception, stage: PlannedStage) -> StillhouseError:
-    text = str(error)
-    if "OutOfMemoryError" in text:
-        return OutOfMemoryError(f"stage {stage.name} ({stage.key[:8]}): {text.splitlines()[-1]}")
-    return StillhouseError(f"stage {stage.name} ({stage.key[:8]}): Ray Train gave up: {text}")
+    """What Ray raises, as one of our own errors: the worker's where it raised one of these."""
+    cause = error
+    if isinstance(error, ControllerError):
+        cause = error.controller_failure
+    elif isinstance(error, RayTaskError):
+        cause = error.cause
+    if isinstance(cause, StillhouseError):
+        return cause
+    where = f"stage {stage.name} ({stage.key[:8]})"
+    if isinstance(cause, KilledForMemoryError) or "OutOfMemoryError" in str(cause):
+        return OutOfMemoryError(f"{where}: {cause}")
+    if isinstance(cause, RayError):
+        return StillhouseError(f"{where}: its worker died more often than run.max_failures allows: {cause}")
+    return StillhouseError(f"{where}: {type(cause).__name__}: {cause}")
 
 
-def _progress_path(stage: PlannedStage) -> str:
-    return f"progress/{stage.key}.json"
+def _folder(fence: LeaseFence) -> str:
+    return f"progress/{fence.key}"
 
 
-def _stop_path(stage: PlannedStage) -> str:
-    return f"progress/{stage.key}.stop.json"
+def _progress_path(fence: LeaseFence) -> str:
+    return f"{_folder(fence)}/{fence.generation}.json"
+
+
+def _stop_path(fence: LeaseFence) -> str:
+    return f"{_folder(fence)}/{fence.generation}.stop.json"

@@ -32,8 +32,9 @@ from orchestrator.data_section import DataSettings
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.errors import ConfigurationError
 from orchestrator.loop import Row
+from orchestrator.placement import held_by_trial, most_at_a_time
 from orchestrator.plan import Planner, Point, Trial
-from orchestrator.spec import RunSettings, SchedulerSettings
+from orchestrator.spec import ExperimentSpec, SchedulerSettings
 from orchestrator.trial import TrialRunner
 
 __all__ = ["SharedData", "SweepListener", "connect", "drive", "trial_slots"]
@@ -53,6 +54,8 @@ ENVIRONMENT = {
 }
 """Tune's own loggers, folders and signal handling are not used: the store is the truth about what is finished."""
 
+HOLDS = "holds"
+"""What a trial holds while it runs, in Ray's names."""
 OBJECTIVE = "objective"
 """What the scheduler compares: the first objective's metric."""
 ROW = "row"
@@ -120,31 +123,25 @@ def _cluster_is_here() -> bool:
     return True
 
 
-def trial_resources(run: RunSettings) -> dict[str, float]:
-    """What a trial itself holds: its worker's share, or a token when Ray Train places several workers.
-
-    Tune refuses a trial that asks for nothing, and any fraction of a CPU could be the one that the workers lack.
-    """
-    if run.workers > 1:
-        return {"memory": float(2**20)}
-    resources = {"CPU": float(run.cpus_per_worker)}
-    return {**resources, "GPU": run.gpus_per_worker} if run.gpus_per_worker else resources
+def trial_resources(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
+    """What a trial itself holds, as its configuration says: see ``placement.held_by_trial``."""
+    return tune.PlacementGroupFactory([dict(config[HOLDS])])
 
 
-def trial_slots(run: RunSettings, cluster: Mapping[str, float] | None = None) -> int:
-    """How many trials fit at a time. Raises ``ConfigurationError`` when not even one does."""
+def trial_slots(spec: ExperimentSpec, cluster: Mapping[str, float] | None = None) -> int:
+    """How many trials have work at a time. Raises ``ConfigurationError`` when a stage fits nowhere."""
     cluster = ray.cluster_resources() if cluster is None else cluster
-    needs = {"CPU": float(run.cpus_per_worker), "GPU": float(run.gpus_per_worker)}
-    fits = [
-        int(cluster.get(kind, 0.0) / (need * run.workers) + 1e-9) for kind, need in needs.items() if need > 0
-    ]
-    if min(fits) < 1:
-        asked = ", ".join(f"{need * run.workers:g} {kind}" for kind, need in needs.items() if need)
-        there = ", ".join(f"{cluster.get(kind, 0.0):g} {kind}" for kind in needs)
-        raise ConfigurationError(
-            f"run: a trial needs {asked} (run.workers x per-worker resources), but the cluster has {there}; lower run.workers, run.cpus_per_worker or run.gpus_per_worker"
-        )
-    return min(*fits, run.concurrent_trials or fits[0])
+    wanted = spec.workers(spec.stage_names)
+    for name, workers in zip(spec.stage_names, wanted, strict=True):
+        if most_at_a_time([workers], cluster) < 1:
+            asked = ", ".join(f"{amount:g} {kind}" for kind, amount in workers.least_resources.items())
+            there = ", ".join(f"{cluster.get(kind, 0.0):g} {kind}" for kind in workers.least_resources)
+            raise ConfigurationError(
+                f"run: stage {name} needs {asked} ({workers.least_workers} x per-worker resources), but the cluster has {there}; "
+                "lower workers, cpus_per_worker or gpus_per_worker in run, or in run.stages for this stage"
+            )
+    most = most_at_a_time(wanted, cluster)
+    return min(most, spec.run.concurrent_trials or most)
 
 
 @dataclass(frozen=True)
@@ -174,8 +171,11 @@ def trial_objective(planner: Planner) -> str:
 class _DispatchSearcher(Searcher):
     """Tune's view of the dispatcher."""
 
-    def __init__(self, dispatcher: Dispatcher, listener: SweepListener, slots: int) -> None:
+    def __init__(
+        self, spec: ExperimentSpec, dispatcher: Dispatcher, listener: SweepListener, slots: int
+    ) -> None:
         super().__init__()
+        self._spec = spec
         self._dispatcher = dispatcher
         self._listener = listener
         self._slots = slots
@@ -191,7 +191,13 @@ class _DispatchSearcher(Searcher):
             return Searcher.FINISHED if self._dispatcher.finished else None
         self._trials[trial_id] = trial
         self._listener.trial_started(trial)
-        return {"values": dict(trial.point.values), "label": trial.point.label, "seed": trial.seed}
+        lacking = self._spec.workers(stage.name for stage in self._dispatcher.missing(trial))
+        return {
+            "values": dict(trial.point.values),
+            "label": trial.point.label,
+            "seed": trial.seed,
+            HOLDS: held_by_trial(lacking),
+        }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if OBJECTIVE in result and trial_id in self._trials:
@@ -297,10 +303,10 @@ def drive(
     ``interrupt`` is called at the first Ctrl-C; a second one raises ``KeyboardInterrupt`` at once.
     """
     ship_by_value(planner.spec.catalog)
-    searcher = _DispatchSearcher(dispatcher, listener, slots)
+    searcher = _DispatchSearcher(planner.spec, dispatcher, listener, slots)
     trainable = tune.with_resources(
         tune.with_parameters(_run_trial, function=_TrialFunction(planner, runner)),
-        trial_resources(planner.spec.run),
+        trial_resources,
     )
     with tempfile.TemporaryDirectory(prefix="stillhouse-tune-") as folder, _interruptible(interrupt):
         tuner = tune.Tuner(

@@ -42,6 +42,8 @@ def parse_experiment(document: Mapping[str, Any], catalog: Catalog) -> Experimen
     baselines = _parse_baselines(document.get("baselines"), problems)
     search = _parse_search(document.get("search"), stages, problems)
     run = parse(RunSettings, as_mapping(document.get("run"), "run", problems), "run", problems)
+    if run is not None:
+        _check_worker_stages(run, [stages, *baselines.values()], problems)
     if search is not None:
         chain = _check_chains(stages, baselines, search, catalog, problems, data)
         target = chain.get(search.objectives[0].stage)
@@ -53,6 +55,12 @@ def parse_experiment(document: Mapping[str, Any], catalog: Catalog) -> Experimen
     return ExperimentSpec(
         name=name, data=data, stages=stages, baselines=baselines, search=search, run=run, catalog=catalog
     )
+
+
+def _check_worker_stages(run: RunSettings, chains: Sequence[Mapping[str, Any]], problems: Problems) -> None:
+    known = list(dict.fromkeys(name for chain in chains for name in chain))
+    for name in [name for name in run.stages if name not in known]:
+        problems.add(f"run.stages.{name}", f"{name!r} is not a stage{nearest(name, known)}")
 
 
 def _parse_name(name: Any, problems: Problems) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from methods.catalog import Catalog
-from orchestrator.chain import Chain, resolve_chain, with_baseline
+from orchestrator.chain import Chain, StageSpec, resolve_chain, with_baseline
 from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError
+from orchestrator.placement import Placement, StageWorkers, WorkerSettings
 from orchestrator.settings import Problems
 from orchestrator.space import Domain
 
@@ -115,7 +116,7 @@ class SearchSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSettings:
-    """Where and with what the stages run. Nothing in here changes a result, and nothing in here is in a key."""
+    """Where and with what the stages run. Nothing in here changes a result or is in a key, except ``batch: scale``."""
 
     workers: int = 1
     """Ray Train workers of each stage; a stage with one worker runs in the trial's own process."""
@@ -123,6 +124,15 @@ class RunSettings:
     """CPU cores, and torch threads, of each worker."""
     gpus_per_worker: float = 0.0
     """GPUs of each worker; a fraction lets several trials share one."""
+    placement: Placement = "pack"
+    """``pack``: the workers of a stage lie on as few hosts as possible. ``spread``: on as many as possible."""
+    min_workers: int | None = None
+    """Elastic stages: begin and go on with this many of ``workers`` while there is no room for more."""
+    batch: Literal["keep", "scale"] = "keep"
+    """``keep``: ``train.batch_size`` is that of all workers together, so their number changes no result. ``scale``:
+    it is that of each worker, and the learning rate is multiplied by ``workers`` too, which gives other keys."""
+    stages: Mapping[str, StageWorkers] = field(default_factory=dict)
+    """Stage -> what it wants otherwise: ``workers``, ``cpus_per_worker``, ``gpus_per_worker``, ``placement``, ``min_workers``."""
     concurrent_trials: int | None = None
     """Upper bound of trials at a time; by default as many as fit."""
     storage: str = "runs"
@@ -137,18 +147,44 @@ class RunSettings:
     """A stage whose holder gave no sign of life for this long is taken over."""
 
     def __post_init__(self) -> None:
-        for name in ("workers", "cpus_per_worker"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self._check_workers()
         if self.concurrent_trials is not None and self.concurrent_trials < 1:
             raise ValueError(f"concurrent_trials must be at least 1, got {self.concurrent_trials}")
-        for name in ("gpus_per_worker", "max_failures", "checkpoint_seconds"):
+        for name in ("max_failures", "checkpoint_seconds"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
         if not 1 <= self.lease_seconds < math.inf:
             raise ValueError(f"lease_seconds must be finite and at least 1, got {self.lease_seconds}")
         if not self.storage:
             raise ValueError("storage must name a folder or URL, got ''")
+
+    def for_stage(self, name: str) -> WorkerSettings:
+        """The workers of one stage: those of ``run`` with what ``run.stages`` says of it laid over."""
+        common = WorkerSettings(
+            workers=self.workers,
+            cpus_per_worker=self.cpus_per_worker,
+            gpus_per_worker=self.gpus_per_worker,
+            placement=self.placement,
+            min_workers=self.min_workers,
+        )
+        return self.stages[name].over(common) if name in self.stages else common
+
+    def batch_scale(self, name: str) -> int:
+        """By how much batch size and learning rate of a stage are multiplied."""
+        return self.for_stage(name).workers if self.batch == "scale" else 1
+
+    def _check_workers(self) -> None:
+        elastic = [self.for_stage("").min_workers]
+        for name in self.stages:
+            try:
+                elastic.append(self.for_stage(name).min_workers)
+            except ValueError as error:
+                raise ValueError(f"stages.{name}.{error}") from error
+        if self.batch == "scale" and any(number is not None for number in elastic):
+            raise ValueError(
+                "batch must be 'keep' where min_workers is set: a batch of as many workers as happen to be there "
+                "would give another result each time, got 'scale'"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,4 +211,26 @@ class ExperimentSpec:
         chain = resolve_chain(stages, values, self.target, self.catalog, problems, self.data)
         if problems:
             raise ConfigurationError(*problems)
-        return chain
+        return {name: _scaled(stage, self.run.batch_scale(name)) for name, stage in chain.items()}
+
+    def workers(self, names: Iterable[str]) -> tuple[WorkerSettings, ...]:
+        """The workers of each of these stages."""
+        return tuple(self.run.for_stage(name) for name in names)
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """All stages, those that only a baseline has at the end."""
+        own = [*self.stages, *(name for stages in self.baselines.values() for name in stages)]
+        return tuple(dict.fromkeys(own))
+
+
+def _scaled(stage: StageSpec, factor: int) -> StageSpec:
+    """The linear rule: with ``factor`` times the batch, ``factor`` times the learning rate."""
+    if factor == 1:
+        return stage
+    train = replace(
+        stage.train,
+        batch_size=stage.train.batch_size * factor,
+        learning_rate=stage.train.learning_rate * factor,
+    )
+    return replace(stage, train=train, batch_scale=factor)

@@ -26,6 +26,7 @@ from methods.data.stream import Stream
 from methods.data.thin import thin
 from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError, DamagedArtifactError, OutOfMemoryError
+from orchestrator.fence import OPEN, Fence, FencedSlot
 from orchestrator.loop import Row, Training, evaluate, train
 from orchestrator.plan import PlannedStage
 from orchestrator.settings import Problems, parse, to_plain
@@ -71,14 +72,17 @@ class StageRunner:
     run: RunSettings
     load_data: Callable[[DataSettings], ImageData]
     workers: Workers = SOLO
+    fence: Fence = OPEN
+    """Refuses what this process would write when another has taken over its stage."""
 
     def execute(self, stage: PlannedStage, report: Callable[[Row], bool | None]) -> None:
         """Train ``stage`` (from its last checkpoint, if there is one) and put its artifact into the store.
 
         ``report`` gets each epoch's row on the first worker; it may raise, or return True, to stop.
         """
-        torch.set_num_threads(self.run.cpus_per_worker)
-        device = pick_device(self.run.gpus_per_worker)
+        wanted = self.run.for_stage(stage.name)
+        torch.set_num_threads(wanted.cpus_per_worker)
+        device = pick_device(wanted.gpus_per_worker)
         data = self.load_data(stage.data)
         task = data.task()
         with out_of_memory_named(stage, device):
@@ -92,7 +96,7 @@ class StageRunner:
                 seed=derive_seed(stage.seed, "train", stage.spec.method),
                 device=device,
                 workers=self.workers,
-                checkpoints=self.store.checkpoints(stage.key),
+                checkpoints=FencedSlot(self.store.checkpoints(stage.key), self.fence),
                 observe=report,
                 checkpoint_seconds=self.run.checkpoint_seconds,
             )
@@ -153,12 +157,13 @@ class StageRunner:
             "normalisation": {"mean": list(data.mean), "std": list(data.std)},
             "class_names": list(data.class_names),
             "metrics": {**metrics, "num_parameters": float(num_parameters), "seconds": training.seconds},
-            "cost": self._cost(training),
+            "cost": self._cost(stage, training),
             "placement": {
                 "host": socket.gethostname(),
                 "device": device_name(device),
                 "workers": self.workers.size,
                 "batch_per_worker": stage.spec.train.batch_size // self.workers.size,
+                "batch_scale": stage.spec.batch_scale,
             },
             "versions": versions(),
             "finished": time.time(),
@@ -168,6 +173,7 @@ class StageRunner:
             "weights.safetensors": save_tensors(weights),
             "history.json": json.dumps(training.history).encode(),
         }
+        self.fence.check()
         self.store.put(stage.key, files, manifest)
         self.store.checkpoints(stage.key).delete()
 
@@ -186,11 +192,12 @@ class StageRunner:
             "epochs": stage.epochs,
         }
 
-    def _cost(self, training: Training) -> dict[str, float]:
+    def _cost(self, stage: PlannedStage, training: Training) -> dict[str, float]:
+        gpus = self.run.for_stage(stage.name).gpus_per_worker * self.workers.size
         return {
             "seconds": training.seconds,
             "cpu_seconds": training.cpu_seconds,
-            "gpu_seconds": training.seconds * self.run.gpus_per_worker * self.workers.size,
+            "gpu_seconds": training.seconds * gpus,
             "peak_memory_bytes": training.peak_memory_bytes,
             "resumed_epochs": training.resumed_epochs,
         }

@@ -27,7 +27,7 @@ from orchestrator.clock import SYSTEM_CLOCK, Clock, SystemClock
 from orchestrator.errors import ConfigurationError, DamagedArtifactError, MissingArtifactError, StorageError
 from orchestrator.filesystem import absolute_url, open_files
 from orchestrator.garbage import collect
-from orchestrator.lease import Holder, Lease, Leases
+from orchestrator.lease import Holder, Lease, Leases, newest_generation
 from orchestrator.sealed import (
     MANIFEST,
     check_file_names,
@@ -174,6 +174,10 @@ class Store:
     def holder(self, key: str) -> Holder | None:
         """Who works on a key now, or None."""
         return self._leases.holder(_checked(key))
+
+    def generation(self, key: str) -> int:
+        """Number of the newest lease on a key, 0 for none: it grows with each taker, and tells a former one so."""
+        return newest_generation(self._files, _checked(key))
 
     def checkpoints(self, key: str) -> Checkpoints:
         """Where the unfinished work on a key is kept."""

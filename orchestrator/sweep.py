@@ -149,17 +149,16 @@ class Sweep:
         from orchestrator.ray_tune import connect, trial_slots
 
         connect()
-        return trial_slots(self.spec.run)
+        return trial_slots(self.spec)
 
     def _run_on_ray(
         self, dispatcher: Dispatcher, monitor: Monitor, display: Display, run_id: str, slots: int
     ) -> bool:
-        from orchestrator.ray_train import DistributedExecute
+        from orchestrator.ray_train import StageExecute
         from orchestrator.ray_tune import SharedData, drive
 
         stages = StageRunner(self.store, self.spec.catalog, self.spec.run, SharedData(self._load_data()))
-        execute = stages.execute if self.spec.run.workers == 1 else DistributedExecute(stages)
-        runner = TrialRunner(self.store, execute, self.spec.search.objectives, run_id)
+        runner = TrialRunner(self.store, StageExecute(stages), self.spec.search.objectives, run_id)
         interrupted = False
 
         def interrupt() -> None:
