@@ -53,6 +53,7 @@ class Monitor:
         self._current: dict[str, RunningStage] = {}
         self._seconds: dict[str, float] = {}
         self._best: tuple[float, str] | None = None
+        self._waiting_for = ""
 
     def trial_started(self, trial: Trial) -> None:
         self._log.trial_started(trial)
@@ -79,6 +80,15 @@ class Monitor:
             self._display.event(f"{outcome.status:8} {head}: {self._objective.name} {outcome.values[0]:.2f}")
             if outcome.status == "done" and trial.point.label is None:
                 self._remember_best(trial)
+
+    def trial_returned(self, trial: Trial, text: str) -> None:
+        self._current.pop(trial.key, None)
+        self._display.event(f"again    {trial.point_id} seed {trial.seed}: {text}")
+
+    def waiting(self, text: str) -> None:
+        if text and not self._waiting_for:
+            self._display.event(f"waiting for nodes: {text}")
+        self._waiting_for = text
 
     def log_trial(self, trial: Trial, outcome: Outcome) -> None:
         """Tell tracking about a trial that has ended, in this run or before it."""
@@ -159,6 +169,7 @@ class Monitor:
             best=self._best[1] if self._best else "",
             seconds_left=self._seconds_left(left, {stage.key: stage for stage in current}),
             elapsed_seconds=time.monotonic() - self._started,
+            waiting_for=self._waiting_for,
         )
 
     def _seconds_left(self, left: list[PlannedStage], current: dict[str, RunningStage]) -> float | None:

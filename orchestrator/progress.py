@@ -51,6 +51,8 @@ class Status:
     running: tuple[RunningStage, ...] = ()
     best: str = ""
     seconds_left: float | None = None
+    waiting_for: str = ""
+    """What cannot be placed right now: asked, available."""
     elapsed_seconds: float = 0.0
 
 
@@ -113,6 +115,8 @@ def summary_line(status: Status) -> str:
         parts.append(f"{status.trials_failed} failed")
     if status.best:
         parts.append(f"best {status.best}")
+    if status.waiting_for:
+        parts.append(f"waiting: {status.waiting_for}")
     if status.seconds_left is not None:
         parts.append(f"about {duration(status.seconds_left)} left")
     return " | ".join(parts)
@@ -142,6 +146,8 @@ def render(status: Status) -> Group:
     parts: list[Text | Table] = [head, table, running]
     if status.best:
         parts.append(Text(f"best so far: {status.best}"))
+    if status.waiting_for:
+        parts.append(Text(f"waiting: {status.waiting_for}", style="yellow"))
     return Group(*parts)
 
 

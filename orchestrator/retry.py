@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["RULES", "Attempts", "Decision", "Kind", "Rule", "kind_of_death"]
+__all__ = ["RULES", "Attempts", "Decision", "Kind", "Rule", "death_text", "kind_of_death"]
 
 Kind = Literal["node", "process", "memory", "diverged", "configuration", "storage", "other"]
 
@@ -57,9 +57,25 @@ DEATHS: tuple[tuple[str, Kind], ...] = (
 """What Ray says when a trial's process is gone, first match wins. Anything else is the process itself."""
 
 
+HEADS: Mapping[Kind, str] = {
+    "node": "the trial's node was lost",
+    "memory": "the trial's process was killed for its use of memory",
+}
+
+
 def kind_of_death(text: str) -> Kind:
     """Why a trial's process ended without telling: from the text of Ray's error."""
     return next((kind for pattern, kind in DEATHS if re.search(pattern, text, re.DOTALL)), "process")
+
+
+def death_text(text: str) -> tuple[str, int]:
+    """One sentence for the reader out of Ray's error, and the peak memory in bytes where it tells (else 0)."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if any(re.search(pattern, line) for pattern, _ in DEATHS)]
+    last = (telling or lines or ["no reason given"])[0 if telling else -1]
+    used = re.search(r"actual memory used=([\d.]+)GB", text)
+    head = HEADS.get(kind_of_death(text), "the trial's process died")
+    return f"{head}: {last}", int(float(used.group(1)) * 2**30) if used else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,14 +114,18 @@ class Attempts:
         if not rule.retried:
             return Decision(again=False)
         if rule.counted and number > self.max_failures:
-            return Decision(again=False, text=f"failed {number} times, run.max_failures is {self.max_failures}")
+            return Decision(
+                again=False, text=f"failed {number} times, run.max_failures is {self.max_failures}"
+            )
         if kind == "node":
             since = self._node_lost_since.setdefault(trial, now)
             if now - since > NODE_LOSSES_SECONDS:
                 hours = NODE_LOSSES_SECONDS / 3600
                 return Decision(again=False, text=f"lost its node {number} times in {hours:.0f} hours")
         pause = min(rule.first_pause_seconds * 2 ** min(number - 1, 20), LONGEST_PAUSE_SECONDS)
-        counted = f"failure {number} of at most {self.max_failures}" if rule.counted else "not counted as a failure"
+        counted = (
+            f"failure {number} of at most {self.max_failures}" if rule.counted else "not counted as a failure"
+        )
         return Decision(again=True, pause_seconds=pause, text=f"tried again in {pause:.0f} s ({counted})")
 
     def progressed(self, trial: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from methods.data.base import ImageData
 from orchestrator.dispatch import Dispatcher, Outcome
@@ -30,6 +31,9 @@ from orchestrator.store import Store
 from orchestrator.sweep_log import SweepLog
 from orchestrator.tracking import Mirror, ui_command
 from orchestrator.trial import TrialRunner, stop_path
+
+if TYPE_CHECKING:
+    from orchestrator.ray_cluster import Room
 
 __all__ = ["Sweep"]
 
@@ -133,7 +137,8 @@ class Sweep:
         dispatcher = self._dispatcher(endings.recall)
         recalled = [(dispatcher.trials[key], outcome) for key, outcome in dispatcher.outcomes.items()]
         costs = CostHistory(self.store)
-        slots = 1 if dispatcher.finished else self._slots()
+        room = None if dispatcher.finished else self._room(display)
+        slots = 1 if room is None else max(1, room.look().slots)
         monitor = Monitor(
             dispatcher, self.store, log, display, name=self.spec.name, objective=self.spec.search.objectives[0],
             endings=endings, costs=costs, slots=slots,
@@ -141,18 +146,20 @@ class Sweep:
         for trial, outcome in recalled:
             if not log.knows(trial):
                 monitor.log_trial(trial, outcome)
-        if dispatcher.finished:
+        if room is None:
             return dispatcher, False
-        return dispatcher, self._run_on_ray(dispatcher, monitor, display, run_id, slots)
+        return dispatcher, self._run_on_ray(dispatcher, monitor, display, run_id, room)
 
-    def _slots(self) -> int:
-        from orchestrator.ray_tune import connect, trial_slots
+    def _room(self, display: Display) -> Room:
+        from orchestrator.ray_tune import connect, make_room
 
         connect()
-        return trial_slots(self.spec)
+        room = make_room(self.spec)
+        room.wait(display.event)
+        return room
 
     def _run_on_ray(
-        self, dispatcher: Dispatcher, monitor: Monitor, display: Display, run_id: str, slots: int
+        self, dispatcher: Dispatcher, monitor: Monitor, display: Display, run_id: str, room: Room
     ) -> bool:
         from orchestrator.ray_train import StageExecute
         from orchestrator.ray_tune import SharedData, drive
@@ -171,7 +178,7 @@ class Sweep:
             )
 
         try:
-            drive(self.planner, runner, dispatcher, monitor, slots=slots, interrupt=interrupt)
+            drive(self.planner, runner, dispatcher, monitor, room=room, interrupt=interrupt)
         finally:
             self.store.delete_json(stop_path(run_id))
         return interrupted
