@@ -117,15 +117,16 @@ def is_scaled(status: Mapping[str, Any]) -> bool:
 
 
 def fully_grown(config: Mapping[str, Any]) -> tuple[Node, ...] | None:
-    """Every node of the cluster that ``config`` (of ``ray up``) describes; None where it does not tell resources."""
-    types = config.get("available_node_types") or {}
+    """Every node that the cluster of ``config`` (as for ``ray up``) may have; None where it does not tell resources.
+
+    Each node type counts as if it grew alone: with a bound over all types, which of them grow is not known before.
+    """
     head = config.get("head_node_type")
     nodes: list[Node] = []
-    for name, kind in types.items():
-        count = 1 if name == head else int(kind.get("max_workers", 0))
+    for name, kind in (config.get("available_node_types") or {}).items():
+        most = int(kind.get("max_workers", 0))
+        count = 1 if name == head else min(most, int(config.get("max_workers", most)))
         if count and not kind.get("resources"):
             return None
         nodes += [kind["resources"]] * count
-    most_workers = int(config.get("max_workers", len(nodes)))
-    workers_by_size = sorted(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)), reverse=True)
-    return tuple(workers_by_size[: most_workers + 1])
+    return tuple(nodes)
