@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from ray import tune
@@ -100,12 +101,12 @@ class DispatchSearcher(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         self._listener.tick()
         room = self.look_around()
-        if len(self._trials) >= room.slots:
-            return None
-        trial = self._dispatcher.next()
-        if trial is None:
+        if not self._trials and self._dispatcher.finished:  # also where there is no room for any more
             finished: str = Searcher.FINISHED
-            return finished if self._dispatcher.finished else None
+            return finished
+        trial = self._dispatcher.next() if len(self._trials) < room.slots else None
+        if trial is None:
+            return None
         self._trials[trial_id] = trial
         self._asked[trial_id] = self._recovery.clock()
         self._listener.trial_started(trial)
@@ -237,7 +238,9 @@ class Watch(tune.Callback):
         self._searcher.placed(trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._searcher.died(trial.trial_id, str(trial.get_error() or ""))
+        # Not ``trial.get_error()``: that reads Tune's storage, to which nothing is copied here.
+        path = trial.error_file
+        self._searcher.died(trial.trial_id, Path(path).read_text(errors="replace") if path else "")
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

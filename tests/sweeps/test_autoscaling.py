@@ -48,24 +48,34 @@ CONFIG: dict[str, Any] = {
 """What ``ray.cluster_utils.AutoscalingCluster`` makes out of a template that Ray's wheel does not contain."""
 
 SWEEP = """
-import json, sys, time
+import json, sys, threading, time
 import ray
 from orchestrator import Experiment
 from orchestrator.ray_tune import connect
 
 connect()
-most = 0
-
 def alive():
     return sum(node["Alive"] for node in ray.nodes()) - 1
 
 assert alive() == 0, ray.nodes()
-result = Experiment(**json.loads(sys.argv[1])).run()
-most = alive()
+counts = []
+over = threading.Event()
+
+def count():
+    while not over.wait(0.3):
+        counts.append(alive())
+
+watch = threading.Thread(target=count)
+watch.start()
+try:
+    result = Experiment(**json.loads(sys.argv[1])).run()
+finally:
+    over.set()
+    watch.join()
 deadline = time.monotonic() + 60
 while alive() and time.monotonic() < deadline:
     time.sleep(0.5)
-print(json.dumps({"statuses": [row.status for row in result.rows], "most": most, "left": alive()}))
+print(json.dumps({"statuses": [row.status for row in result.rows], "most": max(counts), "left": alive()}))
 """
 
 
@@ -114,7 +124,7 @@ def head(tmp_path: Path) -> Iterator[Head]:
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(10)
+            process.wait(5)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
