@@ -11,6 +11,7 @@ from methods.base import Method, ModelSettings
 from methods.catalog import Catalog, UnknownNameError
 from orchestrator.data_section import DataSettings, parse_data
 from orchestrator.optimisation import TrainSettings
+from orchestrator.references import each_reference, input_stage
 from orchestrator.settings import Problems, Typed, as_mapping, nearest, parse
 
 __all__ = ["Chain", "StageSpec", "resolve_chain", "with_baseline"]
@@ -21,7 +22,10 @@ COMMON = ("method", "model", "train", "seed", "data")
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """One stage, typed. ``inputs`` maps a role of the method to the name of an earlier stage."""
+    """One stage, typed. ``inputs`` maps a role of the method to the name of an earlier stage.
+
+    A role that was given a list has one entry for each: ``teacher.0``, ``teacher.1``.
+    """
 
     name: str
     method: str
@@ -32,6 +36,8 @@ class StageSpec:
     inputs: Mapping[str, str]
     data: DataSettings | None = None
     """What the stage learns from: the experiment's data, or its own; None where neither can be understood."""
+    inactive: frozenset[str] = frozenset()
+    """Settings without effect for these inputs: left out of the key."""
     batch_scale: int = 1
     """By how much ``run.batch: scale`` has multiplied batch size and learning rate in ``train``."""
 
@@ -130,24 +136,25 @@ def _resolve_stage(
     seed = _resolve_seed(stage.pop("seed", "trial" if name == target else 0), f"{path}.seed", problems)
     if "data" in stage:
         data = parse_data(stage.pop("data"), f"{path}.data", catalog, problems, data)
+    references = {role: stage.pop(role, None) for role in method.inputs}
     inputs = {}
-    for role, needs in method.inputs.items():
-        source = _resolve_input(role, stage.pop(role, None), needs, path, stages, earlier, catalog, problems)
+    for role, value in each_reference(references, method, path, problems):
+        needs = method.inputs[role.partition(".")[0]]
+        source = _resolve_input(role, value, needs, path, stages, earlier, catalog, problems)
         if source is not None:
             inputs[role] = source
     settings = _resolve_settings(stage, method, path, problems)
     if len(problems) > num_problems or train is None:
         return None
+    known = {role: input_stage(earlier[source], earlier, catalog) for role, source in inputs.items()}
+    for reason in (*method.refusals(settings, known), *method.pair_refusals(settings, model, known)):
+        problems.add(path, reason)
+    if len(problems) > num_problems:
+        return None
     return StageSpec(
-        name=name,
-        method=method_name,
-        settings=settings,
-        model=model,
-        train=train,
-        seed=seed,
-        inputs=inputs,
-        data=data,
-    )
+        name=name, method=method_name, settings=settings, model=model, train=train, seed=seed, inputs=inputs,
+        inactive=method.inactive_for(settings, known), data=data,
+    )  # fmt: skip
 
 
 def _resolve_method(name: Any, path: str, catalog: Catalog, problems: Problems) -> type[Method] | None:
@@ -172,6 +179,8 @@ def _resolve_train(value: Any, method: type[Method], path: str, problems: Proble
     values = {**method.train_defaults, **as_mapping(value, path, problems)}
     train = parse(TrainSettings, values, path, problems)
     metrics = method.evaluation_metrics
+    if train is not None and train.epochs > 0 and not method.trains:
+        problems.add(f"{path}.epochs", f"{method.__name__} trains nothing; leave train out")
     if train is not None and train.keep == "best" and train.objective not in ("", *metrics):
         hint = nearest(train.objective, metrics)
         problems.add(f"{path}.objective", f"{method.__name__} reports no {train.objective!r}{hint}")
@@ -180,6 +189,8 @@ def _resolve_train(value: Any, method: type[Method], path: str, problems: Proble
 
 def _resolve_settings(stage: dict[str, Any], method: type[Method], path: str, problems: Problems) -> Any:
     own = {item.name for item in fields(method.Settings)}
+    if "preset" in stage and "preset" not in own:
+        stage = {**_resolve_preset(stage.pop("preset"), method, f"{path}.preset", problems), **stage}
     known = own | set(COMMON) | set(method.inputs)
     for name in [name for name in stage if name not in own]:
         problems.add(
@@ -187,6 +198,14 @@ def _resolve_settings(stage: dict[str, Any], method: type[Method], path: str, pr
         )
         stage.pop(name)
     return parse(method.Settings, stage, path, problems)
+
+
+def _resolve_preset(name: Any, method: type[Method], path: str, problems: Problems) -> Mapping[str, Any]:
+    """Settings that lie below those of the stage. Only they, and not the name, are part of the key."""
+    if isinstance(name, str) and name in method.presets:
+        return method.presets[name]
+    problems.add(path, f"{name!r} is not a preset of {method.__name__}{nearest(name, method.presets)}")
+    return {}
 
 
 def _resolve_model(
@@ -261,9 +280,9 @@ def _reaches(stages: Mapping[str, Any], start: str, goal: str) -> bool:
         if name in seen or not isinstance(stages.get(name), Mapping):
             continue
         seen.add(name)
-        todo += [
-            value[1:] for value in stages[name].values() if isinstance(value, str) and value.startswith("$")
-        ]
+        for value in stages[name].values():
+            references = value if isinstance(value, list | tuple) else [value]
+            todo += [item[1:] for item in references if isinstance(item, str) and item.startswith("$")]
     return False
 
 

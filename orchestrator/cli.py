@@ -1,19 +1,25 @@
-"""The command line: ``stillhouse plan | run | results | show | methods | models | doctor``.
+"""The command line: ``stillhouse plan | run | results | submit | export | ... | doctor``.
 
-Exit codes: 0 done; 1 some trials failed; 2 the experiment file, or the machine, is wrong; 130 interrupted.
+Exit codes: 0 done; 1 some trials failed; 2 the experiment file, or the machine, is wrong; 3 stopped at the budget;
+130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from orchestrator.cli_cluster import add_cluster_commands
 from orchestrator.errors import ConfigurationError, StillhouseError
+from orchestrator.secrecy import hide, hide_in_logs
+
+if TYPE_CHECKING:
+    from orchestrator.store import Store
 
 __all__ = ["main"]
 
@@ -21,23 +27,23 @@ EPILOG = """\
 An override is PATH=VALUE: a section (search.seeds=3, run.storage=/data/runs, data.root=PATH) or a stage
 (views.margin=0.3, student.train.epochs=60). Fixing a setting takes it out of the search space.
 
-exit codes: 0 done, 1 some trials failed, 2 the experiment file is wrong, 130 interrupted
+exit codes: 0 done, 1 some trials failed, 2 the experiment file is wrong, 3 stopped at the budget, 130 interrupted
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    hide_in_logs()
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
     except ConfigurationError as error:
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {hide(problem)}", file=sys.stderr)
         return 2
     except StillhouseError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {hide(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the store", file=sys.stderr)
@@ -71,10 +77,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("experiment", metavar="EXPERIMENT", help="the experiment file (YAML)")
         command.add_argument("overrides", metavar="PATH=VALUE", nargs="*", help="settings laid over the file")
         command.set_defaults(command=function)
-    show = commands.add_parser("show", help="manifest and lineage of an artifact")
-    show.add_argument("key", metavar="KEY", help="its key, or the first digits of it")
-    show.add_argument("--storage", default="runs", help="where the artifacts are (default: runs)")
-    show.set_defaults(command=_show)
+    add_cluster_commands(commands, EPILOG)
+    _add_artifact_commands(commands)
+    _add_listings(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_listings(commands: Any) -> None:
     for name, function, help_text in (
         ("methods", _methods, "what can be learnt from what, with settings and defaults"),
         ("models", _models, "the networks, with their parameter counts"),
@@ -82,11 +92,31 @@ def _parser() -> argparse.ArgumentParser:
         listing = commands.add_parser(name, help=help_text)
         listing.add_argument("name", nargs="?", help="show only this one")
         listing.set_defaults(command=function)
+
+
+def _add_doctor(commands: Any) -> None:
     doctor = commands.add_parser("doctor", help="look for what is wrong with this machine or cluster")
     doctor.add_argument("--storage", default="runs", help="the storage to try (default: runs)")
     doctor.add_argument("--tracking", default=None, help="an MLflow tracking URI to try")
+    doctor.add_argument(
+        "--allow-open", action="append", default=[], metavar="ADDRESS",
+        help="accept that jobs are taken from anybody at this address (also STILLHOUSE_ALLOW_OPEN, by commas)",
+    )  # fmt: skip
     doctor.set_defaults(command=_doctor)
-    return parser
+
+
+def _add_artifact_commands(commands: Any) -> None:
+    """Commands about one artifact."""
+    for name, function, help_text in (
+        ("show", _show, "manifest and lineage of an artifact"),
+        ("export", _export, "write a trained network as ONNX, checked against the original"),
+    ):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("key", metavar="KEY", help="its key, or the first digits of it")
+        command.add_argument("--storage", default="runs", help="where the artifacts are (default: runs)")
+        command.set_defaults(command=function)
+        if name == "export":
+            command.add_argument("--output", metavar="FILE", help="the file to write (default: KEY.onnx)")
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -118,6 +148,12 @@ def finish(experiment: object) -> int:
     if result.interrupted:
         print("interrupted; the same command goes on from the store", file=sys.stderr)
         return 130
+    if result.budget_reached:
+        print(
+            f"stopped at the budget: {result.budget_reached}; the same command with a larger budget goes on from the store",
+            file=sys.stderr,
+        )
+        return 3
     return 1 if result.num_failed else 0
 
 
@@ -133,14 +169,30 @@ def _results(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     from orchestrator.describe import artifact_text
+
+    print(artifact_text(_existing_store(options.storage), options.key))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from orchestrator.export import export_artifact
+
+    store = _existing_store(options.storage)
+    key = store.find(options.key)
+    path = Path(options.output or f"{key[:12]}.onnx")
+    difference = export_artifact(store, key, path)
+    print(f"{path}: largest difference from the network {difference:.1e} of the largest logit")
+    return 0
+
+
+def _existing_store(storage: str) -> Store:
     from orchestrator.store import Store
 
-    if "://" not in options.storage and not Path(options.storage).is_dir():
+    if "://" not in storage and not Path(storage).is_dir():
         raise ConfigurationError(
-            f"--storage: {options.storage!r} is not a folder; name the run.storage of the experiment"
+            f"--storage: {storage!r} is not a folder; name the run.storage of the experiment"
         )
-    print(artifact_text(Store(options.storage), options.key))
-    return 0
+    return Store(storage)
 
 
 def _methods(options: argparse.Namespace) -> int:
@@ -159,8 +211,9 @@ def _models(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     from orchestrator.doctor import examine
+    from orchestrator.endpoints import allowed_open
 
-    findings = examine(options.storage, options.tracking)
+    findings = examine(options.storage, options.tracking, allowed_open() | set(options.allow_open))
     for finding in findings:
         print(finding)
     return 2 if any(finding.level == "wrong" for finding in findings) else 0

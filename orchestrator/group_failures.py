@@ -1,16 +1,19 @@
 """What becomes of a group of workers when one of them fails: begin again, or give up, and with which reason.
 
-Ray Train calls this in its controller, and begins again unless we raise. It imports nothing of Ray beyond the base
-class that Ray Train asks for.
+Ray Train calls this in its controller, and begins again unless we raise.
 """
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import ray
 import torch.distributed as dist
+from ray.exceptions import ActorUnavailableError
 from ray.train import UserCallback
 
 from orchestrator.errors import (
@@ -22,24 +25,48 @@ from orchestrator.errors import (
 )
 from orchestrator.training import StopTraining
 
-__all__ = ["GroupFailures", "PauseBeforeCollateral", "is_collateral", "is_lost_node"]
+__all__ = ["GroupFailures", "PauseBeforeCollateral", "dead_nodes", "is_collateral", "is_lost_node"]
 
 FINAL = (ConfigurationError, DivergedError, OutOfMemoryError, StorageError, StopTraining)
 """What another start of the group would meet again, or what the trial itself knows how to wait for."""
 COLLATERAL_SECONDS = 30.0
+LOST_NODE_SECONDS = 75.0
+"""After this long, with Ray's own settings, the cluster knows that a node without power is gone."""
+SHUTDOWN_SECONDS = "5"
+"""How long workers may take to leave a process group in which one is missing: they seldom can at all."""
 LOST_NODE_SIGNS = ("node has died", "node was terminated", "node died", "preempted", "node is dead")
 MEMORY_SIGNS = ("low on memory", "OutOfMemoryError")
 
 
-class GroupFailures(UserCallback):
-    """Counts the failures of one stage's workers. A lost node is none of theirs and is not counted."""
+def dead_nodes() -> frozenset[str]:
+    """Nodes that this cluster has lost up to now."""
+    return frozenset(node["NodeID"] for node in ray.nodes() if not node["Alive"])
 
-    def __init__(self, max_failures: int) -> None:
+
+class GroupFailures(UserCallback):
+    """Counts the failures of one stage's workers. A lost node is none of theirs and is not counted.
+
+    Args:
+        max_failures: How often the group is started again after a worker's crash.
+        find_dead_nodes: Nodes that the cluster has lost up to now.
+        lost_node_seconds: How long a worker that does not answer is given to turn out as lost with its node.
+    """
+
+    def __init__(
+        self,
+        max_failures: int,
+        find_dead_nodes: Callable[[], frozenset[str]] = dead_nodes,
+        lost_node_seconds: float = LOST_NODE_SECONDS,
+    ) -> None:
         self.max_failures = max_failures
         self.num_failures = 0
+        self._find_dead_nodes = find_dead_nodes
+        self._lost_node_seconds = lost_node_seconds
+        self._dead = find_dead_nodes()
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Return to let the group begin again from its checkpoint; raise to end the stage."""
+        os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", SHUTDOWN_SECONDS)
         errors = [_root(error) for _, error in sorted(worker_exceptions.items())]
         final = [error for error in errors if isinstance(error, FINAL)]
         if final:
@@ -47,8 +74,22 @@ class GroupFailures(UserCallback):
         for error in errors:
             if any(sign in str(error) for sign in MEMORY_SIGNS):
                 raise OutOfMemoryError(f"a worker was killed for its use of memory: {error}")
-        if any(is_lost_node(error) for error in errors):
-            return
+        if not self._a_node_was_lost(errors):
+            self._count(errors)
+
+    def _a_node_was_lost(self, errors: list[Exception]) -> bool:
+        """Whether a worker died with its node. Where one only does not answer, the cluster may not know yet."""
+        is_open = any(isinstance(error, ActorUnavailableError) for error in errors)
+        deadline = time.monotonic() + (self._lost_node_seconds if is_open else 0.0)
+        while True:
+            known, self._dead = self._dead, self._find_dead_nodes()
+            if any(is_lost_node(error) for error in errors) or (is_open and self._dead - known):
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.5)
+
+    def _count(self, errors: list[Exception]) -> None:
         self.num_failures += 1
         if self.num_failures > self.max_failures:
             told = [error for error in errors if not is_collateral(error)] or errors

@@ -37,7 +37,7 @@ def content_key(content: Any) -> str:
 
 def active_settings(stage: StageSpec, catalog: Catalog) -> dict[str, Any]:
     """The method's settings that have an effect at this point, as plain values."""
-    inactive = catalog.method(stage.method).inactive(stage.settings)
+    inactive = stage.inactive | catalog.method(stage.method).inactive(stage.settings)
     return {name: value for name, value in to_plain(stage.settings).items() if name not in inactive}
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.plan_text import duration
+from orchestrator.secrecy import hide
 
 __all__ = ["Display", "RunningStage", "StageCount", "Status", "make_display"]
 
@@ -54,6 +55,10 @@ class Status:
     waiting_for: str = ""
     """What cannot be placed right now: asked, available."""
     elapsed_seconds: float = 0.0
+    spent: str = ""
+    """Machine time and money so far and in the end, as text."""
+    cost: Mapping[str, float] = field(default_factory=dict)
+    """The same as numbers, for tracking."""
 
 
 class Display:
@@ -72,7 +77,7 @@ class Display:
 
     def event(self, text: str) -> None:
         """Something worth a line of its own."""
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(hide(text)), soft_wrap=True)
 
     def show(self, status: Status) -> None:
         pause = max(PLAIN_LINE_SECONDS, status.elapsed_seconds / 20)  # a long run needs fewer lines
@@ -119,6 +124,8 @@ def summary_line(status: Status) -> str:
         parts.append(f"waiting: {status.waiting_for}")
     if status.seconds_left is not None:
         parts.append(f"about {duration(status.seconds_left)} left")
+    if status.spent:
+        parts.append(f"spent {status.spent}")
     return " | ".join(parts)
 
 
@@ -144,6 +151,8 @@ def render(status: Status) -> Group:
     if status.seconds_left is not None:
         head.append(f"  about {duration(status.seconds_left)} left", style="dim")
     parts: list[Text | Table] = [head, table, running]
+    if status.spent:
+        parts.append(Text(f"spent: {status.spent}", style="dim"))
     if status.best:
         parts.append(Text(f"best so far: {status.best}"))
     if status.waiting_for:

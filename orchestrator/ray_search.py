@@ -22,6 +22,7 @@ from orchestrator.loop import Row
 from orchestrator.placement import held_by_trial
 from orchestrator.plan import Trial
 from orchestrator.retry import Attempts, death_text, kind_of_death
+from orchestrator.secrecy import hide
 from orchestrator.spec import ExperimentSpec
 
 __all__ = [
@@ -53,6 +54,9 @@ class SweepListener(Protocol):
     """Hears what happens in the driver. Called in the driver's main thread; must return quickly."""
 
     def trial_started(self, trial: Trial) -> None: ...
+
+    def trial_placed(self, trial: Trial) -> None:
+        """The trial holds its resources from now on; again after its process died."""
 
     def trial_row(self, trial: Trial, row: Row) -> None: ...
 
@@ -110,12 +114,14 @@ class DispatchSearcher(Searcher):
         self._trials[trial_id] = trial
         self._asked[trial_id] = self._recovery.clock()
         self._listener.trial_started(trial)
-        lacking = self._spec.workers(stage.name for stage in self._dispatcher.missing(trial))
+        # Of the whole experiment, not of what this trial lacks: Tune keeps an idle trial's process, with all that it
+        # holds, and where trials hold different things a group of workers would wait for that for ever.
+        stages = self._spec.workers(self._spec.stage_names)
         return {
             "values": dict(trial.point.values),
             "label": trial.point.label,
             "seed": trial.seed,
-            HOLDS: held_by_trial(lacking),
+            HOLDS: held_by_trial(stages),
         }
 
     def look_around(self) -> WaitState:
@@ -151,6 +157,8 @@ class DispatchSearcher(Searcher):
     def placed(self, trial_id: str) -> None:
         """The trial has a process."""
         self._asked.pop(trial_id, None)
+        if trial_id in self._trials:
+            self._listener.trial_placed(self._trials[trial_id])
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if OBJECTIVE in result and trial_id in self._trials:
@@ -174,7 +182,7 @@ class DispatchSearcher(Searcher):
         trial = self._forget(trial_id)
         if trial is None:
             return
-        kind, (reason, peak) = kind_of_death(text), death_text(text)
+        kind, (reason, peak) = kind_of_death(text), death_text(hide(text))
         is_lighter = kind == "memory" and self._recovery.lighten(trial, reason, peak)
         now = self._recovery.clock()
         decision = self._recovery.attempts.decide(trial.key, kind, now, is_lighter=is_lighter)

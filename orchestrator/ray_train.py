@@ -29,6 +29,7 @@ from orchestrator.group_failures import GroupFailures, PauseBeforeCollateral
 from orchestrator.loop import Row, StopTraining
 from orchestrator.placement import WorkerSettings
 from orchestrator.plan import PlannedStage
+from orchestrator.secrecy import hide_in_logs
 from orchestrator.stage import StageRunner
 from orchestrator.workers import SOLO, TorchWorkers, Workers
 
@@ -45,6 +46,9 @@ ENVIRONMENT = {
 workers on a node that goes away are started again without being counted, watched or not."""
 PASSED_ON = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_DEBUG")
 """What a user sets where the sweep is started, and means for the workers: by which network they meet."""
+ELASTIC_START_SECONDS = "20"
+"""How long an elastic group waits for room before it looks again how much there is. Ray's own minute is for groups
+that cannot be any smaller."""
 UNUSED_CALLBACKS = ("DatasetsCallback",)
 """Parts of Ray Train that start a process for every group of workers, for Ray Data, which we do not use."""
 
@@ -146,6 +150,8 @@ class StageExecute:
         """Several workers: Ray Train."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if wanted.is_elastic:
+            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ELASTIC_START_SECONDS)
         trainer = _Trainer(
             _train_in_group,
             train_loop_config={"stages": self.stages, "stage": stage, "fence": fence},
@@ -212,6 +218,7 @@ def _train_in_group(config: dict[str, Any]) -> None:
 
 def _train(stages: StageRunner, stage: PlannedStage, fence: LeaseFence, workers: Workers) -> None:
     """Train, on the first worker with a fence of its own, so that earlier starts of this stage write no more."""
+    hide_in_logs()
     store = stages.store
     if workers.rank == 0:
         fence = replace(fence, group=uuid.uuid4().hex)
@@ -247,14 +254,15 @@ def _as_ours(error: Exception, stage: PlannedStage) -> StillhouseError:
         cause = error.controller_failure
     elif isinstance(error, RayTaskError):
         cause = error.cause
-    if isinstance(cause, StillhouseError):
+    if isinstance(cause, StillhouseError) and type(cause) is not StillhouseError:
         return cause
     where = f"stage {stage.name} ({stage.key[:8]})"
     if isinstance(cause, KilledForMemoryError) or "OutOfMemoryError" in str(cause):
         return OutOfMemoryError(f"{where}: {cause}")
     if isinstance(cause, RayError):
         return StillhouseError(f"{where}: its worker died more often than run.max_failures allows: {cause}")
-    return StillhouseError(f"{where}: {type(cause).__name__}: {cause}")
+    kind = "" if isinstance(cause, StillhouseError) else f"{type(cause).__name__}: "
+    return StillhouseError(f"{where}: {kind}{cause}")
 
 
 def _folder(fence: LeaseFence) -> str:

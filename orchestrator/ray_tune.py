@@ -33,6 +33,7 @@ from orchestrator.dispatch import Dispatcher
 from orchestrator.loop import Row
 from orchestrator.plan import Planner, Point
 from orchestrator.ray_cluster import ClusterView, Room
+from orchestrator.ray_nodes import num_promised_workers, wait_for_workers
 from orchestrator.ray_search import (
     HOLDS,
     OBJECTIVE,
@@ -45,6 +46,7 @@ from orchestrator.ray_search import (
     Watch,
 )
 from orchestrator.retry import Attempts
+from orchestrator.secrecy import hide_in_logs
 from orchestrator.spec import ExperimentSpec, SchedulerSettings
 from orchestrator.trial import TrialRunner
 
@@ -97,6 +99,7 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS") or _cluster_is_here():
         ray.init(**options)
         _Own.cluster = False
+        wait_for_workers(num_promised_workers())
     else:
         ray.init(address="local", include_dashboard=False, **options)
         _Own.cluster = True
@@ -229,6 +232,7 @@ def drive(
 
 
 def _run_trial(config: dict[str, Any], function: _TrialFunction) -> None:
+    hide_in_logs()
     function(config)
 
 
@@ -255,7 +259,7 @@ def make_scheduler(settings: SchedulerSettings, planner: Planner) -> Any:
 
 @contextlib.contextmanager
 def _interruptible(interrupt: Callable[[], None]) -> Iterator[None]:
-    """First Ctrl-C: finish cleanly. Second: now."""
+    """First Ctrl-C, or SIGTERM (a job that is stopped, a node that is drained): finish cleanly. Second: now."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -267,8 +271,9 @@ def _interruptible(interrupt: Callable[[], None]) -> Iterator[None]:
             raise KeyboardInterrupt
         interrupt()
 
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from methods.catalog import Catalog
+from orchestrator.budget import BudgetSettings
 from orchestrator.chain import Chain, StageSpec, resolve_chain, with_baseline
+from orchestrator.cost import PriceSettings
 from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError
 from orchestrator.placement import Placement, StageWorkers, WorkerSettings
@@ -151,6 +153,10 @@ class RunSettings:
     """At most this much training is lost when a stage is killed."""
     lease_seconds: float = 30.0
     """A stage whose holder gave no sign of life for this long is taken over."""
+    prices: PriceSettings | None = None
+    """What machine time costs; plans and reports then speak of money."""
+    budget: BudgetSettings | None = None
+    """Limits at which the sweep stops cleanly, to be resumed with larger ones."""
 
     def __post_init__(self) -> None:
         self._check_workers()
@@ -167,6 +173,8 @@ class RunSettings:
             raise ValueError(f"lease_seconds must be finite and at least 1, got {self.lease_seconds}")
         if not self.storage:
             raise ValueError("storage must name a folder or URL, got ''")
+        if self.budget is not None and self.budget.money is not None and self.prices is None:
+            raise ValueError(f"budget.money is {self.budget.money:g}, but run.prices is missing: set both")
 
     def for_stage(self, name: str) -> WorkerSettings:
         """The workers of one stage: those of ``run`` with what ``run.stages`` says of it laid over."""
@@ -208,6 +216,8 @@ class ExperimentSpec:
     search: SearchSettings
     run: RunSettings
     catalog: Catalog
+    controls: tuple[str, ...] = ()
+    """Those of the baselines that ``controls: true`` added."""
 
     @property
     def target(self) -> str:

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.dispatch import Outcome
 from orchestrator.errors import (
@@ -24,12 +24,15 @@ from orchestrator.lease import Lease
 from orchestrator.loop import Row, StopTraining
 from orchestrator.micro_batch import MicroBatches
 from orchestrator.plan import PlannedStage, Trial
+from orchestrator.secrecy import hide
 from orchestrator.spec import Objective
 from orchestrator.store import Store
 
 __all__ = ["TrialRunner", "failure_path", "objective_values", "stop_path"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Execute = Callable[[PlannedStage, Callable[[Row], bool | None]], None]
 """Trains one stage and puts its artifact into the store."""
@@ -71,7 +74,9 @@ class TrialRunner:
         except (_BusyElsewhereError, StopTraining):
             return Outcome(status="deferred")
         except Exception as error:  # the outcome carries it: type, text and, in the store, the traceback
-            return Outcome(status="failed", reason=f"{type(error).__name__.removesuffix('Error')}: {error}")
+            return Outcome(
+                status="failed", reason=hide(f"{type(error).__name__.removesuffix('Error')}: {error}")
+            )
 
     def killed_for_memory(self, trial: Trial, reason: str, peak_memory_bytes: int = 0) -> bool:
         """Take in that the process that walked ``trial`` was killed for its memory. Gives whether it may use less.
@@ -97,7 +102,7 @@ class TrialRunner:
 
     def _make(self, stage: PlannedStage, report: Callable[[Row], bool | None] | None) -> None:
         self._refuse_known_failure(stage)
-        lease = self.store.lease(stage.key)
+        lease = self._with_pauses(stage, lambda: self.store.lease(stage.key))
         if lease is None:
             raise _BusyElsewhereError
         with lease:
@@ -147,11 +152,18 @@ class TrialRunner:
                 return True
             return stop_requested()
 
+        def execute() -> None:
+            rows.clear()
+            self.execute(stage, observe)
+
         lease.update({"name": stage.name, "epoch": 0, "epochs": stage.epochs, "rows": rows})
+        self._with_pauses(stage, execute)
+
+    def _with_pauses(self, stage: PlannedStage, action: Callable[[], T]) -> T:
+        """``action``, repeated after pauses while the storage has passing trouble."""
         for pause in (*PAUSES_SECONDS, None):
             try:
-                self.execute(stage, observe)
-                return
+                return action()
             except (DamagedArtifactError, MissingArtifactError):
                 raise
             except StorageError as error:
@@ -160,8 +172,8 @@ class TrialRunner:
                 logger.warning(
                     "stage %s (%s): %s; trying again in %.0f s", stage.name, stage.key[:8], error, pause
                 )
-                rows.clear()
                 time.sleep(pause)
+        raise AssertionError("unreachable: the last attempt either returns or raises")
 
     def _refuse_known_failure(self, stage: PlannedStage) -> None:
         failure = self.store.read_json(failure_path(stage.key))
@@ -174,11 +186,11 @@ class TrialRunner:
         record = {
             "name": stage.name,
             "kind": type(error).__name__,
-            "reason": str(error),
+            "reason": hide(str(error)),
             "run": self.run_id,
             **({"device": error.device, "peak_memory_bytes": error.peak_memory_bytes}
                if isinstance(error, OutOfMemoryError) else {}),
-            "traceback": traceback.format_exc(),
+            "traceback": hide(traceback.format_exc()),
             "at": time.time(),
         }  # fmt: skip
         self.store.write_json(failure_path(stage.key), record)

@@ -17,27 +17,23 @@ TEXTS = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
-RAY = {"orchestrator/ray_tune.py", "orchestrator/ray_train.py", "orchestrator/ray_search.py", "orchestrator/ray_cluster.py", "orchestrator/group_failures.py", "orchestrator/submit.py"}  # fmt: skip
+RAY = {
+    *("orchestrator/ray_tune.py", "orchestrator/ray_train.py", "orchestrator/group_failures.py"),
+    *("orchestrator/ray_search.py", "orchestrator/ray_cluster.py"),
+    *("orchestrator/ray_nodes.py", "orchestrator/ray_preflight.py"),
+    *("orchestrator/submit.py", "orchestrator/submit_jobs.py"),
+}
 MLFLOW = {"orchestrator/tracking.py"}
 OPTUNA = {"orchestrator/search.py"}
 PURE = (
-    "plan",
-    "placement",
-    "retry",
-    "capacity",
-    "space",
-    "keys",
-    "spec",
-    "chain",
-    "reader",
-    "settings",
-    "search",
-    "dispatch",
+    *("plan", "placement", "space", "keys", "spec", "chain", "reader", "settings", "search", "dispatch"),
+    *("references", "data_section", "cost", "budget", "statistics", "redact", "portable"),
+    *("preflight_judge", "controls", "retry", "capacity"),
 )
 OUTSIDE = {"ray", "mlflow", "fsspec", "s3fs", "boto3", "requests", "urllib", "socket", "subprocess", "shutil", "tempfile", "os", "pathlib", "io", "time"}  # fmt: skip
 IMPURE = {
     f"orchestrator.{name}"
-    for name in ("store", "lease", "checkpoint", "filesystem", "filesystem_local", "filesystem_remote", "facts", "stage", "trial", "sweep", "tracking", "mirror", "journal", "ray_tune", "ray_train", "ray_search", "ray_cluster", "micro_batch", "api", "cli")
+    for name in ("store", "lease", "checkpoint", "filesystem", "filesystem_local", "filesystem_remote", "facts", "stage", "trial", "sweep", "tracking", "mirror", "journal", "ray_tune", "ray_train", "ray_search", "ray_cluster", "micro_batch", "api", "cli", "account", "stopping")
 }  # fmt: skip
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLE_ALLOWED = {"methods/models/weights.py"}
