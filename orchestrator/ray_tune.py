@@ -204,8 +204,11 @@ def drive(
         tune.with_parameters(_run_trial, function=_TrialFunction(planner, runner)),
         trial_resources,
     )
+    logging.getLogger("ray.tune.analysis").setLevel(
+        logging.ERROR
+    )  # it misses the result files that we turned off
     with tempfile.TemporaryDirectory(prefix="stillhouse-tune-") as folder, _interruptible(interrupt):
-        tuner = tune.Tuner(
+        tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
                 num_samples=-1,
@@ -216,19 +219,19 @@ def drive(
                 trial_dirname_creator=lambda trial: trial.trial_id,
                 trial_name_creator=lambda trial: trial.trial_id,
             ),
-            run_config=tune.RunConfig(
-                name="sweep",
-                storage_path=folder,
-                verbose=0,
-                stop=GaveUp(searcher),
-                callbacks=[Watch(listener, searcher)],
-                failure_config=tune.FailureConfig(max_failures=0),  # the searcher tries again, by kind
-            ),
-        )
-        logging.getLogger("ray.tune.analysis").setLevel(
-            logging.ERROR
-        )  # it misses the result files that we turned off
-        tuner.fit()
+            run_config=_run_config(folder, searcher, listener),
+        ).fit()
+
+
+def _run_config(folder: str, searcher: DispatchSearcher, listener: SweepListener) -> tune.RunConfig:
+    return tune.RunConfig(
+        name="sweep",
+        storage_path=folder,
+        verbose=0,
+        stop=GaveUp(searcher),
+        callbacks=[Watch(listener, searcher)],
+        failure_config=tune.FailureConfig(max_failures=0),  # the searcher tries again, by kind
+    )
 
 
 def _run_trial(config: dict[str, Any], function: _TrialFunction) -> None:
