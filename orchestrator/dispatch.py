@@ -102,6 +102,11 @@ class Dispatcher:
         return not self._running and (self._cancelled or (not self._queue and self._sampler.exhausted))
 
     @property
+    def cancelled(self) -> bool:
+        """Whether nothing more is started."""
+        return self._cancelled
+
+    @property
     def complete(self) -> bool:
         """Whether nothing was left undone, also after ``cancel_waiting``."""
         confirmed = self._confirming or not self._search.confirm.top
@@ -134,6 +139,14 @@ class Dispatcher:
         """Start nothing more: for an interrupted run."""
         self._cancelled = True
         self._queue.clear()
+
+    def give_up(self, reason: str) -> Sequence[tuple[Trial, Outcome]]:
+        """Start nothing more: every trial that waits has failed, and why. For a cluster that has no room for it."""
+        waiting, outcome = self.waiting, Outcome(status="failed", reason=reason)
+        self.cancel_waiting()
+        for trial in waiting:
+            self._record(trial, outcome)
+        return [(trial, outcome) for trial in waiting]
 
     def values(self, point_id: str) -> tuple[float, ...] | None:
         """The point's worth: the mean over its seeds, one number per objective; None while a seed is out or failed."""

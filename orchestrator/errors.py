@@ -53,6 +53,11 @@ class DivergedError(StillhouseError):
 class OutOfMemoryError(StillhouseError):
     """The device had too little memory. Recorded with device and peak; not retried with the same settings."""
 
+    def __init__(self, text: str, *, device: str = "", peak_memory_bytes: int = 0) -> None:
+        super().__init__(text)
+        self.device = device
+        self.peak_memory_bytes = peak_memory_bytes
+
 
 class StageFailedError(StillhouseError):
     """A stage that this trial needs has already failed, with the reason of that failure."""

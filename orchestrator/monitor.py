@@ -64,6 +64,7 @@ class Monitor:
         self._done: set[str] = set()
         self._current: dict[str, RunningStage] = {}
         self._best: tuple[float, str] | None = None
+        self._waiting_for = ""
 
     def trial_started(self, trial: Trial) -> None:
         self._log.trial_started(trial)
@@ -94,6 +95,16 @@ class Monitor:
             self._display.event(f"{outcome.status:8} {head}: {self._objective.name} {outcome.values[0]:.2f}")
             if outcome.status == "done" and trial.point.label is None:
                 self._remember_best(trial)
+
+    def trial_returned(self, trial: Trial, text: str) -> None:
+        self._current.pop(trial.key, None)
+        self._spending.left(trial.key)
+        self._display.event(f"again    {trial.point_id} seed {trial.seed}: {text}")
+
+    def waiting(self, text: str) -> None:
+        if text and not self._waiting_for:
+            self._display.event(f"waiting for nodes: {text}")
+        self._waiting_for = text
 
     def _record_stopped(self, trial: Trial, outcome: Outcome, rows: list[Row]) -> None:
         try:
@@ -212,6 +223,7 @@ class Monitor:
             elapsed_seconds=self._spending.elapsed_seconds,
             spent=self._spending.text(expected),
             cost=self._spending.numbers(expected),
+            waiting_for=self._waiting_for,
         )
 
     def _left(

@@ -57,6 +57,10 @@ class TrainSettings:
     """Training arithmetic: ``float32``, or autocast to ``bf16`` or ``fp16``. Evaluation is float32 always."""
     accumulate: int = 1
     """Micro-batches into which each worker splits its share of a batch, to save memory."""
+    min_micro_batch: int = 0
+    """A stage that runs out of memory is tried again with ``accumulate`` doubled, as long as a micro-batch keeps this
+    many images (over all workers). 0 never does. The global batch stays the same, and so do the results up to
+    rounding, but not where the network has batch norm, which sees each micro-batch alone: then it is another recipe."""
     clip_norm: float = 0.0
     """Largest gradient norm; longer gradients are shortened to it. 0 turns it off."""
     ema_decay: float = 0.0
@@ -106,6 +110,10 @@ class TrainSettings:
                 1 <= self.accumulate <= self.batch_size,
                 f"from 1 to batch_size ({self.batch_size})",
             ),
+            "min_micro_batch": (
+                self.min_micro_batch == 0 or 2 <= self.min_micro_batch <= self.batch_size,
+                f"0 (off), or from 2 to batch_size ({self.batch_size})",
+            ),
             "clip_norm": (0 <= self.clip_norm < math.inf, "at least 0 (0 is off) and finite"),
             "ema_decay": (0 <= self.ema_decay < 1, "from 0 (off) to below 1"),
             "evaluate_every": (self.evaluate_every >= 1, "at least 1"),
@@ -126,6 +134,8 @@ class TrainSettings:
             ("momentum",): settings.optimizer == "adamw",
             ("nesterov",): settings.optimizer != "sgd",
             ("objective", "objective_mode"): settings.keep != "best",
+            ("min_micro_batch",): not settings.min_micro_batch
+            or settings.batch_size // (2 * settings.accumulate) < settings.min_micro_batch,
         }
         return frozenset(name for names, without_effect in groups.items() if without_effect for name in names)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
-__all__ = ["TOKEN", "Placement", "StageWorkers", "WorkerSettings", "held_by_trial", "most_at_a_time"]
+__all__ = ["TOKEN", "Placement", "StageWorkers", "WorkerSettings", "held_by_trial"]
 
 Placement = Literal["pack", "spread"]
 
@@ -108,12 +108,3 @@ def held_by_trial(stages: Iterable[WorkerSettings]) -> dict[str, float]:
     if not wanted or not alike or not all(workers.is_alone for workers in wanted):
         return dict(TOKEN)
     return wanted[0].resources
-
-
-def most_at_a_time(stages: Iterable[WorkerSettings], cluster: Mapping[str, float]) -> int:
-    """How many trials have work at a time on ``cluster``: as many as it has room for the smallest stage; 0 for none."""
-    return max((_num_fitting(workers.least_resources, cluster) for workers in stages), default=0)
-
-
-def _num_fitting(needs: Mapping[str, float], cluster: Mapping[str, float]) -> int:
-    return min(int(cluster.get(kind, 0.0) / need + 1e-9) for kind, need in needs.items())

@@ -52,6 +52,8 @@ class Status:
     running: tuple[RunningStage, ...] = ()
     best: str = ""
     seconds_left: float | None = None
+    waiting_for: str = ""
+    """What cannot be placed right now: asked, available."""
     elapsed_seconds: float = 0.0
     spent: str = ""
     """Machine time and money so far and in the end, as text."""
@@ -118,6 +120,8 @@ def summary_line(status: Status) -> str:
         parts.append(f"{status.trials_failed} failed")
     if status.best:
         parts.append(f"best {status.best}")
+    if status.waiting_for:
+        parts.append(f"waiting: {status.waiting_for}")
     if status.seconds_left is not None:
         parts.append(f"about {duration(status.seconds_left)} left")
     if status.spent:
@@ -151,6 +155,8 @@ def render(status: Status) -> Group:
         parts.append(Text(f"spent: {status.spent}", style="dim"))
     if status.best:
         parts.append(Text(f"best so far: {status.best}"))
+    if status.waiting_for:
+        parts.append(Text(f"waiting: {status.waiting_for}", style="yellow"))
     return Group(*parts)
 
 

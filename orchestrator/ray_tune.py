@@ -1,7 +1,7 @@
 """Ray Tune drives the sweep: it places trials, reports their epochs to the scheduler and restarts dead ones.
 
 The only decisions taken here are Tune's own. Which trial may start next is the dispatcher's, and what a trial does is
-the runner's; both are handed in. A trial that runs holds its resources from start to end, and the dispatcher starts
+the runner's; both are handed in. What becomes of a trial that died is decided by kind, in ``ray_search``. A trial that runs holds its resources from start to end, and the dispatcher starts
 none that would have to wait for a stage of another, so nothing idle holds a GPU.
 """
 
@@ -20,32 +20,44 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.search import Searcher
 
 from methods import BUILTIN, Catalog
 from methods.data.base import ImageData
+from orchestrator.capacity import Waiting
 from orchestrator.data_section import DataSettings
-from orchestrator.dispatch import Dispatcher, Outcome
-from orchestrator.errors import ConfigurationError
+from orchestrator.dispatch import Dispatcher
 from orchestrator.loop import Row
-from orchestrator.placement import held_by_trial, most_at_a_time
-from orchestrator.plan import Planner, Point, Trial
+from orchestrator.plan import Planner, Point
+from orchestrator.ray_cluster import ClusterView, Room
 from orchestrator.ray_nodes import num_promised_workers, wait_for_workers
+from orchestrator.ray_search import (
+    HOLDS,
+    OBJECTIVE,
+    OUTCOME,
+    ROW,
+    DispatchSearcher,
+    GaveUp,
+    Recovery,
+    SweepListener,
+    Watch,
+)
+from orchestrator.retry import Attempts
 from orchestrator.secrecy import hide_in_logs
 from orchestrator.spec import ExperimentSpec, SchedulerSettings
 from orchestrator.trial import TrialRunner
 
-__all__ = ["SharedData", "SweepListener", "connect", "drive", "trial_slots"]
+__all__ = ["SharedData", "connect", "drive", "make_room"]
 
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_MAX_PENDING_TRIALS_PG": "64",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -55,31 +67,6 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",
 }
 """Tune's own loggers, folders and signal handling are not used: the store is the truth about what is finished."""
-
-HOLDS = "holds"
-"""What a trial holds while it runs, in Ray's names."""
-OBJECTIVE = "objective"
-"""What the scheduler compares: the first objective's metric."""
-ROW = "row"
-"""An epoch's row as JSON, apart from the numbers that Tune adds."""
-OUTCOME = "outcome"
-"""The last thing that a trial reports, as JSON: Tune flattens anything else."""
-
-
-class SweepListener(Protocol):
-    """Hears what happens in the driver. Called in the driver's main thread; must return quickly."""
-
-    def trial_started(self, trial: Trial) -> None: ...
-
-    def trial_placed(self, trial: Trial) -> None:
-        """The trial holds its resources from now on; again after its process died."""
-
-    def trial_row(self, trial: Trial, row: Row) -> None: ...
-
-    def trial_ended(self, trial: Trial, outcome: Outcome) -> None: ...
-
-    def tick(self) -> None:
-        """Called several times a second."""
 
 
 class SharedData:
@@ -104,16 +91,24 @@ def connect() -> None:
     Only a cluster made by ``ray start`` (or named by RAY_ADDRESS) is joined: a local one belongs to the process that
     started it and ends with it.
     """
-    if ray.is_initialized():
-        return
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        return
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if os.environ.get("RAY_ADDRESS") or _cluster_is_here():
         ray.init(**options)
+        _Own.cluster = False
         wait_for_workers(num_promised_workers())
     else:
         ray.init(address="local", include_dashboard=False, **options)
+        _Own.cluster = True
+
+
+class _Own:
+    """Whether the cluster is this process's own, which no node can join."""
+
+    cluster = False
 
 
 def _cluster_is_here() -> bool:
@@ -134,20 +129,14 @@ def trial_resources(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory([dict(config[HOLDS])])
 
 
-def trial_slots(spec: ExperimentSpec, cluster: Mapping[str, float] | None = None) -> int:
-    """How many trials have work at a time. Raises ``ConfigurationError`` when a stage fits nowhere."""
-    cluster = ray.cluster_resources() if cluster is None else cluster
-    wanted = spec.workers(spec.stage_names)
-    for name, workers in zip(spec.stage_names, wanted, strict=True):
-        if most_at_a_time([workers], cluster) < 1:
-            asked = ", ".join(f"{amount:g} {kind}" for kind, amount in workers.least_resources.items())
-            there = ", ".join(f"{cluster.get(kind, 0.0):g} {kind}" for kind in workers.least_resources)
-            raise ConfigurationError(
-                f"run: stage {name} needs {asked} ({workers.least_workers} x per-worker resources), but the cluster has {there}; "
-                "lower workers, cpus_per_worker or gpus_per_worker in run, or in run.stages for this stage"
-            )
-    most = most_at_a_time(wanted, cluster)
-    return min(most, spec.run.concurrent_trials or most)
+def make_room(spec: ExperimentSpec) -> Room:
+    """What the cluster that this process has joined has room for, as the sweep goes on."""
+    waiting = Waiting(
+        wanted=dict(zip(spec.stage_names, spec.workers(spec.stage_names), strict=True)),
+        concurrent_trials=spec.run.concurrent_trials,
+        patience_seconds=spec.run.wait_for_resources_seconds,
+    )
+    return Room(ClusterView(scales=spec.run.autoscaling, is_final=_Own.cluster), waiting)
 
 
 @dataclass(frozen=True)
@@ -172,117 +161,6 @@ class _TrialFunction:
 
 def trial_objective(planner: Planner) -> str:
     return planner.spec.search.objectives[0].metric
-
-
-class _DispatchSearcher(Searcher):
-    """Tune's view of the dispatcher."""
-
-    def __init__(
-        self, spec: ExperimentSpec, dispatcher: Dispatcher, listener: SweepListener, slots: int
-    ) -> None:
-        super().__init__()
-        self._spec = spec
-        self._dispatcher = dispatcher
-        self._listener = listener
-        self._slots = slots
-        self._trials: dict[str, Trial] = {}
-        self._last_rows: dict[str, Row] = {}
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        self._listener.tick()
-        if len(self._trials) >= self._slots:
-            return None
-        trial = self._dispatcher.next()
-        if trial is None:
-            return Searcher.FINISHED if self._dispatcher.finished else None
-        self._trials[trial_id] = trial
-        self._listener.trial_started(trial)
-        # Of the whole experiment, not of what this trial lacks: Tune keeps an idle trial's process, with all that it
-        # holds, and where trials hold different things a group of workers would wait for that for ever.
-        stages = self._spec.workers(self._spec.stage_names)
-        return {
-            "values": dict(trial.point.values),
-            "label": trial.point.label,
-            "seed": trial.seed,
-            HOLDS: held_by_trial(stages),
-        }
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if OBJECTIVE in result and trial_id in self._trials:
-            row: Row = json.loads(result[ROW])
-            self._last_rows[trial_id] = row
-            self._listener.trial_row(self._trials[trial_id], row)
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        if error:  # a trial that died is taken in by ``died``, which Tune lets know why
-            return
-        result = result or {}
-        if OUTCOME not in result:  # the row at which the scheduler stopped it, which Tune shows only here
-            self.on_trial_result(trial_id, result)
-        self._end(trial_id, _outcome(result, self._last_rows.get(trial_id)))
-
-    def died(self, trial_id: str, error_text: str) -> None:
-        """A trial's process ended without an outcome, and Tune has given up to start it again."""
-        lines = [line for line in error_text.splitlines() if line.strip()]
-        reason = f"the trial's process died: {lines[-1].strip() if lines else 'no reason given'}"
-        self._end(trial_id, Outcome(status="failed", reason=reason))
-
-    def _end(self, trial_id: str, outcome: Outcome) -> None:
-        trial = self._trials.pop(trial_id, None)
-        self._last_rows.pop(trial_id, None)
-        if trial is None:
-            return
-        self._dispatcher.ended(trial, outcome)
-        if outcome.status != "deferred":
-            self._listener.trial_ended(trial, outcome)
-
-    def placed(self, trial_id: str) -> None:
-        if trial_id in self._trials:
-            self._listener.trial_placed(self._trials[trial_id])
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the store knows what is finished."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the store knows what is finished."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-
-def _outcome(result: Mapping[str, Any], row: Row | None) -> Outcome:
-    if OUTCOME in result:
-        told = json.loads(result[OUTCOME])
-        return Outcome(status=told["status"], values=tuple(told["values"]), reason=told["reason"])
-    if row is None:
-        return Outcome(status="failed", reason="the trial ended without a result")
-    return Outcome(
-        status="stopped",
-        values=(float(result[OBJECTIVE]),),
-        reason=f"stopped early after epoch {row['epoch']:g}",
-    )
-
-
-class _Watch(tune.Callback):
-    """Lets the listener look around while no trial reports, and learns when a trial got its place or died."""
-
-    def __init__(self, listener: SweepListener, searcher: _DispatchSearcher) -> None:
-        self._listener = listener
-        self._searcher = searcher
-
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._listener.tick()
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._searcher.placed(trial.trial_id)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._searcher.died(trial.trial_id, str(trial.get_error() or ""))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
 
 
 def ship_by_value(catalog: Catalog) -> None:
@@ -310,7 +188,7 @@ def drive(
     dispatcher: Dispatcher,
     listener: SweepListener,
     *,
-    slots: int,
+    room: Room,
     interrupt: Callable[[], None],
 ) -> None:
     """Run every trial that the dispatcher gives. Returns when it has no more, or after an interruption.
@@ -318,34 +196,42 @@ def drive(
     ``interrupt`` is called at the first Ctrl-C; a second one raises ``KeyboardInterrupt`` at once.
     """
     ship_by_value(planner.spec.catalog)
-    searcher = _DispatchSearcher(planner.spec, dispatcher, listener, slots)
+    recovery = Recovery(
+        attempts=Attempts(planner.spec.run.max_failures), room=room.look, lighten=runner.killed_for_memory
+    )
+    searcher = DispatchSearcher(planner.spec, dispatcher, listener, recovery)
     trainable = tune.with_resources(
         tune.with_parameters(_run_trial, function=_TrialFunction(planner, runner)),
         trial_resources,
     )
+    logging.getLogger("ray.tune.analysis").setLevel(
+        logging.ERROR
+    )  # it misses the result files that we turned off
     with tempfile.TemporaryDirectory(prefix="stillhouse-tune-") as folder, _interruptible(interrupt):
-        tuner = tune.Tuner(
+        tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
                 num_samples=-1,
                 search_alg=searcher,
                 scheduler=make_scheduler(planner.spec.search.scheduler, planner),
-                reuse_actors=True,
+                # An idle process that waits for the next trial would keep a node from being released.
+                reuse_actors=not room.grows,
                 trial_dirname_creator=lambda trial: trial.trial_id,
                 trial_name_creator=lambda trial: trial.trial_id,
             ),
-            run_config=tune.RunConfig(
-                name="sweep",
-                storage_path=folder,
-                verbose=0,
-                callbacks=[_Watch(listener, searcher)],
-                failure_config=tune.FailureConfig(max_failures=planner.spec.run.max_failures),
-            ),
-        )
-        logging.getLogger("ray.tune.analysis").setLevel(
-            logging.ERROR
-        )  # it misses the result files that we turned off
-        tuner.fit()
+            run_config=_run_config(folder, searcher, listener),
+        ).fit()
+
+
+def _run_config(folder: str, searcher: DispatchSearcher, listener: SweepListener) -> tune.RunConfig:
+    return tune.RunConfig(
+        name="sweep",
+        storage_path=folder,
+        verbose=0,
+        stop=GaveUp(searcher),
+        callbacks=[Watch(listener, searcher)],
+        failure_config=tune.FailureConfig(max_failures=0),  # the searcher tries again, by kind
+    )
 
 
 def _run_trial(config: dict[str, Any], function: _TrialFunction) -> None:

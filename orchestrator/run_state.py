@@ -19,7 +19,7 @@ from orchestrator.optimisation import TrainSettings, Updater, WeightAverage
 from orchestrator.training import Clock, Row
 from orchestrator.workers import Workers
 
-__all__ = ["Held", "RunState"]
+__all__ = ["Held", "RunState", "peak_memory_bytes"]
 
 SAVED_AS_THEY_ARE = ("epoch", "position", "names", "history", "best", "learning_rate")
 
@@ -76,11 +76,7 @@ class RunState:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Peak memory allocated on the GPU; on the CPU, the peak resident size of the process so far."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return peak_memory_bytes(self.device)
 
     def add(self, names: list[str], values: Tensor, num_rows: int) -> None:
         """Add means over ``num_rows`` rows to the sums of this epoch, on the device."""
@@ -169,3 +165,11 @@ class RunState:
                 f"workers found checkpoints at different places (epoch, batch): {places}. All of them must read the "
                 "same storage: is it shared between their machines?"
             )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory allocated on the GPU; on the CPU, the peak resident size of the process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

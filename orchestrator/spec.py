@@ -142,7 +142,13 @@ class RunSettings:
     tracking: str | None = None
     """MLflow tracking URI; an SQLite file beside the reports by default."""
     max_failures: int = 2
-    """How often a trial is started again after its process or node died."""
+    """How often a trial is started again after its process died. A node that was lost is not counted."""
+    wait_for_resources_seconds: float | None = None
+    """How long a stage that fits on no node is waited for before it fails, with what it asks for and what is there.
+    By default a minute, and without end where an autoscaler may start the node."""
+    autoscaling: bool | None = None
+    """Whether the cluster starts nodes when something waits for them. By default this is found out; say so where
+    Ray does not tell, as under Kubernetes."""
     checkpoint_seconds: float = 30.0
     """At most this much training is lost when a stage is killed."""
     lease_seconds: float = 30.0
@@ -159,6 +165,10 @@ class RunSettings:
         for name in ("max_failures", "checkpoint_seconds"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        if self.wait_for_resources_seconds is not None and not self.wait_for_resources_seconds >= 0:
+            raise ValueError(
+                f"wait_for_resources_seconds must not be negative, got {self.wait_for_resources_seconds}"
+            )
         if not 1 <= self.lease_seconds < math.inf:
             raise ValueError(f"lease_seconds must be finite and at least 1, got {self.lease_seconds}")
         if not self.storage:

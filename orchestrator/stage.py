@@ -33,6 +33,7 @@ from orchestrator.loop import Row, Training, evaluate, train
 from orchestrator.measure import size_and_speed
 from orchestrator.optimisation import TrainSettings
 from orchestrator.plan import PlannedStage
+from orchestrator.run_state import peak_memory_bytes
 from orchestrator.settings import Problems, parse, to_plain
 from orchestrator.spec import RunSettings
 from orchestrator.store import Store
@@ -193,6 +194,7 @@ class StageRunner:
                 "device": device_name(device),
                 "workers": self.workers.size,
                 "batch_per_worker": stage.spec.train.batch_size // self.workers.size,
+                "accumulate": stage.spec.train.accumulate,
                 "batch_scale": stage.spec.batch_scale,
             },
             "versions": versions(),
@@ -281,8 +283,10 @@ def out_of_memory_named(stage: PlannedStage, device: torch.device) -> Iterator[N
             error
         ):
             raise
-        peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else float("nan")
+        peak = peak_memory_bytes(device)
         raise OutOfMemoryError(
-            f"stage {stage.name} ({stage.key[:8]}) ran out of memory on {device_name(device)}, peak {peak:.0f} MiB, "
-            f"batch_size {stage.spec.train.batch_size}; make the batch smaller or train.accumulate larger"
-        ) from error
+            f"stage {stage.name} ({stage.key[:8]}) ran out of memory on {device_name(device)}, peak {peak / 2**20:.0f} MiB, "
+            f"batch_size {stage.spec.train.batch_size} in {stage.spec.train.accumulate} micro-batch(es); make the batch smaller, "
+            "train.accumulate larger, or let train.min_micro_batch allow smaller micro-batches",
+            device=device_name(device), peak_memory_bytes=peak,
+        ) from error  # fmt: skip

@@ -38,6 +38,7 @@ from orchestrator.trial import TrialRunner
 
 if TYPE_CHECKING:
     from orchestrator.preflight import Preflight
+    from orchestrator.ray_cluster import Room
 
 __all__ = ["Sweep"]
 
@@ -171,27 +172,30 @@ class Sweep:
         run = _Run(dispatcher, spending, Stopper(dispatcher, self.store, display, run_id))
         if not dispatcher.finished and (limits := spending.exceeded()):
             run.stopper.budget_reached(limits)
-        slots = 1 if dispatcher.finished else self._slots()
+        room = None if dispatcher.finished else self._room(display)
+        slots = 1 if room is None else max(1, room.look().slots)
         monitor = Monitor(
             dispatcher, self.store, log, display, name=self.spec.name, objective=self.spec.search.objectives[0],
             endings=endings, costs=costs, slots=slots, spending=spending, stopper=run.stopper,
         )  # fmt: skip
         monitor.log_recalled()
         try:
-            if not dispatcher.finished:
-                self._run_on_ray(run, monitor, run_id, slots)
+            if room is not None:
+                self._run_on_ray(run, monitor, run_id, room)
                 monitor.log_recalled()
         finally:
             spending.write(now=True)
             run.stopper.clear()
         return run
 
-    def _slots(self) -> int:
-        from orchestrator.ray_tune import connect, trial_slots
+    def _room(self, display: Display) -> Room:
+        from orchestrator.ray_tune import connect, make_room
 
         connect()
         self._refuse_unfit_cluster()
-        return trial_slots(self.spec)
+        room = make_room(self.spec)
+        room.wait(display.event)
+        return room
 
     def _refuse_unfit_cluster(self) -> None:
         """On several nodes, each is asked first whether it can do its part; on one there is nothing to compare."""
@@ -200,13 +204,13 @@ class Sweep:
         if len(alive_nodes()) > 1 and (problems := self.preflight().problems):
             raise ConfigurationError(*problems, "nothing was started; `stillhouse preflight` shows the table")
 
-    def _run_on_ray(self, run: _Run, monitor: Monitor, run_id: str, slots: int) -> None:
+    def _run_on_ray(self, run: _Run, monitor: Monitor, run_id: str, room: Room) -> None:
         from orchestrator.ray_train import StageExecute
         from orchestrator.ray_tune import SharedData, drive
 
         stages = StageRunner(self.store, self.spec.catalog, self.spec.run, SharedData(self._load_data()))
         runner = TrialRunner(self.store, StageExecute(stages), self.spec.search.objectives, run_id)
-        drive(self.planner, runner, run.dispatcher, monitor, slots=slots, interrupt=run.stopper.interrupt)
+        drive(self.planner, runner, run.dispatcher, monitor, room=room, interrupt=run.stopper.interrupt)
 
     def _load_data(self) -> Iterator[tuple[str, ImageData]]:
         """Every data set that a stage may ask for, one after the other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 import traceback
@@ -21,6 +22,7 @@ from orchestrator.errors import (
 )
 from orchestrator.lease import Lease
 from orchestrator.loop import Row, StopTraining
+from orchestrator.micro_batch import MicroBatches
 from orchestrator.plan import PlannedStage, Trial
 from orchestrator.secrecy import hide
 from orchestrator.spec import Objective
@@ -76,6 +78,22 @@ class TrialRunner:
                 status="failed", reason=hide(f"{type(error).__name__.removesuffix('Error')}: {error}")
             )
 
+    def killed_for_memory(self, trial: Trial, reason: str, peak_memory_bytes: int = 0) -> bool:
+        """Take in that the process that walked ``trial`` was killed for its memory. Gives whether it may use less.
+
+        Called by whoever notices: the process itself is gone, and its stage with it.
+        """
+        stage = next((stage for stage in trial.stages if not self.store.has(stage.key)), None)
+        if stage is None:  # it had just finished
+            return True
+        measured = {"device": "host memory", "peak_memory_bytes": peak_memory_bytes}
+        micro_batches = MicroBatches(self.store)
+        if micro_batches.shrink(micro_batches.adapted(stage), reason, **measured) is not None:
+            return True
+        error = OutOfMemoryError(reason, device="host memory", peak_memory_bytes=peak_memory_bytes)
+        self._record_failure(stage, error)
+        return False
+
     def _walk(self, trial: Trial, report: Callable[[Row], bool | None]) -> Outcome:
         for stage in () if self.store.has(trial.key) else trial.stages:
             if not self.store.has(stage.key):
@@ -92,7 +110,7 @@ class TrialRunner:
                 return
             started = time.time()
             try:
-                self._execute_with_pauses(stage, lease, report)
+                self._execute_in_memory(stage, lease, report)
             except (StorageError, StopTraining, _BusyElsewhereError):
                 raise
             except Exception as error:
@@ -100,6 +118,24 @@ class TrialRunner:
                 raise
             self.store.delete_json(failure_path(stage.key))
             self._record_cost(stage, time.time() - started)
+
+    def _execute_in_memory(
+        self, stage: PlannedStage, lease: Lease, report: Callable[[Row], bool | None] | None
+    ) -> None:
+        """Train ``stage``; in smaller micro-batches if it runs out of memory and is allowed to."""
+        micro_batches = MicroBatches(self.store)
+        todo: PlannedStage | None = micro_batches.adapted(stage)
+        while todo is not None:
+            try:
+                self._execute_with_pauses(todo, lease, report)
+                return
+            except OutOfMemoryError as error:
+                measured = {"device": error.device, "peak_memory_bytes": error.peak_memory_bytes}
+                todo = micro_batches.shrink(todo, str(error), **measured)
+                if todo is None:
+                    raise
+                logger.warning("%s; trying again in %d micro-batches", error, todo.spec.train.accumulate)
+            gc.collect()  # what the failed attempt held hangs together in cycles
 
     def _execute_with_pauses(
         self, stage: PlannedStage, lease: Lease, report: Callable[[Row], bool | None] | None
@@ -152,9 +188,11 @@ class TrialRunner:
             "kind": type(error).__name__,
             "reason": hide(str(error)),
             "run": self.run_id,
+            **({"device": error.device, "peak_memory_bytes": error.peak_memory_bytes}
+               if isinstance(error, OutOfMemoryError) else {}),
             "traceback": hide(traceback.format_exc()),
             "at": time.time(),
-        }
+        }  # fmt: skip
         self.store.write_json(failure_path(stage.key), record)
 
     def _record_cost(self, stage: PlannedStage, seconds: float) -> None:

@@ -19,6 +19,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
 RAY = {
     *("orchestrator/ray_tune.py", "orchestrator/ray_train.py", "orchestrator/group_failures.py"),
+    *("orchestrator/ray_search.py", "orchestrator/ray_cluster.py"),
     *("orchestrator/ray_nodes.py", "orchestrator/ray_preflight.py"),
     *("orchestrator/submit.py", "orchestrator/submit_jobs.py"),
 }
@@ -27,12 +28,12 @@ OPTUNA = {"orchestrator/search.py"}
 PURE = (
     *("plan", "placement", "space", "keys", "spec", "chain", "reader", "settings", "search", "dispatch"),
     *("references", "data_section", "cost", "budget", "statistics", "redact", "portable"),
-    *("preflight_judge", "controls"),
+    *("preflight_judge", "controls", "retry", "capacity"),
 )
 OUTSIDE = {"ray", "mlflow", "fsspec", "s3fs", "boto3", "requests", "urllib", "socket", "subprocess", "shutil", "tempfile", "os", "pathlib", "io", "time"}  # fmt: skip
 IMPURE = {
     f"orchestrator.{name}"
-    for name in ("store", "lease", "checkpoint", "filesystem", "filesystem_local", "filesystem_remote", "facts", "stage", "trial", "sweep", "tracking", "mirror", "journal", "ray_tune", "ray_train", "api", "cli", "account", "stopping")
+    for name in ("store", "lease", "checkpoint", "filesystem", "filesystem_local", "filesystem_remote", "facts", "stage", "trial", "sweep", "tracking", "mirror", "journal", "ray_tune", "ray_train", "ray_search", "ray_cluster", "micro_batch", "api", "cli", "account", "stopping")
 }  # fmt: skip
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLE_ALLOWED = {"methods/models/weights.py"}

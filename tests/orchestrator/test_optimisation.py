@@ -73,11 +73,21 @@ def test_nesterov_needs_momentum() -> None:
         ({"optimizer": "adamw"}, {"momentum", "nesterov", "power", "objective", "objective_mode"}),
         ({"optimizer": "timm/lamb"}, {"nesterov", "power", "objective", "objective_mode"}),
         ({"keep": "best"}, {"power"}),
+        ({"batch_size": 64, "min_micro_batch": 33}, {"power", "objective", "objective_mode"}),
         ({"epochs": 0}, {field.name for field in fields(TrainSettings)} - {"epochs"}),
     ],
 )
 def test_settings_without_effect_are_named(settings: dict[str, Any], inactive: set[str]) -> None:
-    assert TrainSettings.inactive(TrainSettings(**settings)) == inactive
+    own = set() if settings.get("epochs") == 0 else {"min_micro_batch"}
+    assert TrainSettings.inactive(TrainSettings(**settings)) == inactive | own
+
+
+@pytest.mark.parametrize(("min_micro_batch", "accumulate", "is_active"), [(32, 1, True), (33, 1, False), (16, 2, True), (32, 2, False), (0, 1, False)])  # fmt: skip
+def test_the_smallest_micro_batch_counts_where_it_allows_something(
+    min_micro_batch: int, accumulate: int, is_active: bool
+) -> None:
+    settings = TrainSettings(batch_size=64, accumulate=accumulate, min_micro_batch=min_micro_batch)
+    assert ("min_micro_batch" not in TrainSettings.inactive(settings)) == is_active
 
 
 @pytest.mark.parametrize(

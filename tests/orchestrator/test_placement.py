@@ -8,8 +8,7 @@ import pytest
 from experiment_cases import key_of, planner_of, problems_of, spec_of, trial_of
 
 from orchestrator.dispatch import Dispatcher
-from orchestrator.errors import ConfigurationError
-from orchestrator.placement import TOKEN, StageWorkers, WorkerSettings, held_by_trial, most_at_a_time
+from orchestrator.placement import TOKEN, StageWorkers, WorkerSettings, held_by_trial
 from orchestrator.plan import Point, make_plan
 from orchestrator.search import make_sampler
 from orchestrator.spec import RunSettings
@@ -92,25 +91,6 @@ def test_a_trial_never_holds_what_its_workers_need(
     assert held_by_trial(lacking) == held
 
 
-@pytest.mark.parametrize(
-    ("stages", "cluster", "most"),
-    [
-        ([ALONE], {"CPU": 8.0}, 8),
-        ([GROUP], {"CPU": 8.0}, 4),
-        ([GROUP, ALONE], {"CPU": 8.0}, 8),
-        ([ELASTIC], {"CPU": 5.0}, 2),
-        ([ELASTIC], {"CPU": 1.0}, 0),
-        ([ON_GPU], {"CPU": 64.0, "GPU": 2.0}, 4),
-        ([ON_GPU], {"CPU": 64.0}, 0),
-        ([WorkerSettings(gpus_per_worker=0.1)], {"CPU": 64.0, "GPU": 0.3}, 3),
-    ],
-)
-def test_how_many_trials_have_work(
-    stages: list[WorkerSettings], cluster: dict[str, float], most: int
-) -> None:
-    assert most_at_a_time(stages, cluster) == most
-
-
 def test_num_workers() -> None:
     assert (GROUP.num_workers, ELASTIC.num_workers, WorkerSettings(workers=2, min_workers=2).num_workers) == (
         2,
@@ -165,16 +145,3 @@ def test_what_a_started_trial_lacks() -> None:
     assert dispatcher.missing(trial) == trial.stages[1:]
     kept.add(trial.key)
     assert dispatcher.missing(trial) == ()
-
-
-def test_a_cluster_without_room_for_one_stage_is_refused() -> None:
-    from orchestrator.ray_tune import trial_slots
-
-    spec = spec_of({"run/stages": {"teacher": {"workers": 4, "gpus_per_worker": 1}}})
-    with pytest.raises(
-        ConfigurationError, match=r"stage teacher needs 4 CPU, 4 GPU .* the cluster has 8 CPU, 2 GPU"
-    ):
-        trial_slots(spec, {"CPU": 8.0, "GPU": 2.0})
-    assert trial_slots(spec, {"CPU": 8.0, "GPU": 4.0}) == 8
-    limited = spec_of({"run/concurrent_trials": 3})
-    assert trial_slots(limited, {"CPU": 8.0}) == 3
