@@ -12,7 +12,9 @@ Shape legend: B = batch, C = channels, H, W = sides of a map, P = H * W.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,6 +43,10 @@ class AttentionTransfer(MapStudent):
     """Matches where stages are active, whatever their channels. Losses ``ce``, ``kd``, ``attention``."""
 
     Settings = AttentionSettings
+    ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **MapStudent.ranges,
+        "attention_weight": {"loguniform": [1, 10000]},
+    }
     settings: AttentionSettings
 
     def feature_losses(self, student: Outputs, teaching: Teaching, batch: Batch) -> dict[str, Loss]:
