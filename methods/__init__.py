@@ -12,7 +12,9 @@ from methods.angular.views import AngularViews
 from methods.base import Batch, Loss, Method, ModelSettings, Signals, Source, Step, Task, Teacher
 from methods.catalog import Catalog, UnknownNameError
 from methods.data import DATASETS
+from methods.distil.tekap import Tekap
 from methods.kd import KnowledgeDistillation
+from methods.linear_probe import LinearProbe
 from methods.models import MODELS
 from methods.supervised import Supervised
 
@@ -21,6 +23,8 @@ METHODS: Mapping[str, type[Method]] = {
     "kd": KnowledgeDistillation,
     "angular_views": AngularViews,
     "angular_kd": AngularDistillation,
+    "tekap": Tekap,
+    "linear_probe": LinearProbe,
 }
 
 BUILTIN = Catalog(methods=METHODS, models=MODELS, datasets=DATASETS)

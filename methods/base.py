@@ -10,7 +10,7 @@ a schedule. What a finished stage left comes back as a ``Source``; what a teache
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -32,6 +32,8 @@ class Batch(NamedTuple):
     """Position of each sample in the data set, ``[B]``, int64: its identity in every epoch."""
     epoch: int = 0
     """Epoch that this batch belongs to, counted from 0."""
+    strong: Tensor | None = None
+    """The same images, varied more strongly, ``[B, 3, H, W]``: only for methods with ``needs_strong``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,11 @@ class Step:
 
 
 class Signals(NamedTuple):
-    """What a teacher emits for a batch. Views are absent from a plain teacher."""
+    """What a teacher emits for a batch. Views are absent from a plain teacher.
+
+    Views are whatever else votes beside the first member: the branches of a teacher, noisy copies of what it says,
+    or other teachers (whose features stay absent when their widths differ).
+    """
 
     logits: Tensor
     """``[B, C]``"""
@@ -68,6 +74,8 @@ class Signals(NamedTuple):
     """``[B, N, C]``"""
     view_pooled: Tensor | None = None
     """``[B, N, D]``"""
+    maps: tuple[Tensor, ...] = ()
+    """Feature maps of the network itself, ``[B, C_k, H_k, W_k]`` each; empty unless they were asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +124,27 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InputStage:
+    """A stage that another one refers to, as far as it is known before anything has run."""
+
+    name: str
+    method: type[Method]
+    settings: Any
+    model: ModelSettings | None
+    inputs: Mapping[str, InputStage]
+    catalog: Catalog
+
+    def network(self) -> InputStage:
+        """The stage whose network this one emits: itself, or the one that its branches or noise stand on."""
+        return self if self.model is not None or not self.inputs else self.inputs["teacher"].network()
+
+    def num_features(self) -> int | None:
+        """Pooled width of that network; None where it cannot be told without the data set."""
+        model = self.network().model
+        return None if model is None else self.catalog.num_features(model)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Teacher:
     """A frozen network with, optionally, branch heads on its pooled feature.
 
@@ -132,6 +161,8 @@ class Teacher:
     """Maps pooled ``[B, D]`` to ``(view_pooled [B, N, D], view_logits [B, N, C])``."""
     head_settings: Any = None
     """The settings of the method that trained the heads."""
+    noise: Any = None
+    """The settings of the noisy copies that are to be made of each signal (a ``tekap`` stage)."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Signals:
@@ -160,10 +191,20 @@ class Method(nn.Module, ABC):
     """Frozen, keyword-only dataclass of the method's own settings."""
     inputs: ClassVar[Mapping[str, frozenset[str]]] = {}
     """Role -> signals that its artifact must emit, for instance ``{"teacher": {"logits"}}``."""
+    allows_many: ClassVar[frozenset[str]] = frozenset()
+    """Roles that take a list of stages: ``teacher: [$a, $b]`` arrives as ``teacher.0`` and ``teacher.1``."""
     emits: ClassVar[frozenset[str]] = frozenset()
-    """Signals that the finished artifact can emit: of ``logits``, ``pooled``, ``views``."""
+    """Signals that the finished artifact can emit: of ``logits``, ``pooled``, ``maps``, ``views``, ``copies``."""
     needs_model: ClassVar[bool] = True
     """Whether the stage names a ``model`` that this method trains."""
+    trains: ClassVar[bool] = True
+    """Whether it learns anything. If not, its stage is evaluated and kept, without a training loop."""
+    needs_strong: ClassVar[bool] = False
+    """Whether it wants ``Batch.strong`` in training."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Name -> settings that ``preset: NAME`` lays under those of the stage, such as published weights of a pair."""
+    same_classes: ClassVar[bool] = True
+    """Whether the inputs must tell the same classes apart as the data set."""
     train_defaults: ClassVar[Mapping[str, Any]] = {}
     """Defaults of the training settings where this method differs from the loop's."""
     evaluation_metrics: ClassVar[tuple[str, ...]] = ("top1", "top5", "loss")
@@ -180,6 +221,24 @@ class Method(nn.Module, ABC):
     def inactive(cls, settings: Any) -> frozenset[str]:
         """Names of settings that have no effect at this point, such as the margin of a loss of weight zero."""
         return frozenset()
+
+    @classmethod
+    def inactive_for(cls, settings: Any, inputs: Mapping[str, InputStage]) -> frozenset[str]:
+        """The same, knowing what the stage refers to: a weight of views changes nothing for a plain teacher."""
+        return cls.inactive(settings)
+
+    @classmethod
+    def refusals(cls, settings: Any, inputs: Mapping[str, InputStage]) -> Iterable[str]:
+        """Why these inputs cannot be learnt from with these settings, found before anything starts. Pure."""
+        return ()
+
+    def prepare(self, labels_n: Tensor, *, num_epochs: int) -> None:
+        """Called once before training, by whoever knows the data: for methods that remember something per sample.
+
+        Args:
+            labels_n: Label of each sample of the training split by its index, ``[n]``; -1 where it is held out.
+            num_epochs: How many epochs will be trained.
+        """
 
     @abstractmethod
     def forward(self, batch: Batch) -> Step:

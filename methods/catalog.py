@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
+
+import torch
 
 from methods.base import Method, ModelFactory, ModelSettings, Task
 from methods.models import build_model, timm_factory
@@ -56,6 +59,19 @@ class Catalog:
     def build_model(self, settings: ModelSettings, task: Task) -> Tapped:
         """Build the network for ``task``; calling it on images gives ``(logits [B, C], pooled [B, D])``."""
         return build_model(self.model(settings.name), settings, task)
+
+    def num_features(self, settings: ModelSettings) -> int | None:
+        """Pooled width of a network, found without weights; None where it does not fit a usual task."""
+        return _num_features(self.model(settings.name), settings.name)
+
+
+@functools.cache
+def _num_features(factory: ModelFactory, name: str) -> int | None:
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return build_model(factory, ModelSettings(name=name), Task(num_classes=10)).num_features
+    except ValueError:  # another image size or number of channels: the data set will tell
+        return None
 
 
 def _lookup(table: Mapping[str, T], name: str, kind: str) -> T:

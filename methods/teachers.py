@@ -44,13 +44,28 @@ def network_teacher(source: Source) -> Teacher:
 def teacher_for(task: Task, inputs: Mapping[str, Teacher], *, needs_views: bool = False) -> Teacher:
     """The input named ``teacher``, refused when its classes are not the task's or views are missing."""
     teacher = inputs["teacher"]
-    if teacher.num_classes != task.num_classes:
-        raise ValueError(
-            f"the teacher ({teacher.key or 'without key'}) tells {teacher.num_classes} classes apart, "
-            f"the data set has {task.num_classes}: train the teacher on the same classes"
-        )
+    _check_classes(task, teacher)
     if needs_views and teacher.heads is None:
         raise ValueError(
             f"the teacher ({teacher.key or 'without key'}) has no branches: refer to an angular_views stage"
         )
     return teacher
+
+
+def teachers_for(task: Task, inputs: Mapping[str, Teacher]) -> tuple[Teacher, ...]:
+    """All inputs of the role ``teacher``, in the order of the experiment: one, or ``teacher.0``, ``teacher.1``, ..."""
+    if "teacher" in inputs:
+        return (teacher_for(task, inputs),)
+    numbered = [role for role in inputs if role.startswith("teacher.")]
+    teachers = tuple(inputs[f"teacher.{number}"] for number in range(len(numbered)))
+    for teacher in teachers:
+        _check_classes(task, teacher)
+    return teachers
+
+
+def _check_classes(task: Task, teacher: Teacher) -> None:
+    if teacher.num_classes != task.num_classes:
+        raise ValueError(
+            f"the teacher ({teacher.key or 'without key'}) tells {teacher.num_classes} classes apart, "
+            f"the data set has {task.num_classes}: train the teacher on the same classes"
+        )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from methods.base import Task
 from orchestrator.errors import ConfigurationError
 
-__all__ = ["BundleSettings", "read_bundle", "requirements", "write_bundle"]
+__all__ = ["BundleSettings", "bundle_settings", "read_bundle", "requirements", "write_bundle"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,22 @@ class BundleSettings:
     class_names: tuple[str, ...]
     key: str
     """Content key of the artifact that the weights come from."""
+
+
+def bundle_settings(key: str, manifest: Mapping[str, Any]) -> BundleSettings:
+    """The settings of the network that the artifact ``key`` holds. Raises ConfigurationError when it holds none."""
+    if not manifest["model"]:
+        raise ConfigurationError(
+            f"artifact {key[:8]} of stage {manifest['name']!r} holds no network of its own: name a student's or a teacher's"
+        )
+    return BundleSettings(
+        model=manifest["model"]["name"],
+        task=Task(**manifest["task"]),
+        mean=tuple(manifest["normalisation"]["mean"]),
+        std=tuple(manifest["normalisation"]["std"]),
+        class_names=tuple(manifest["class_names"]),
+        key=key,
+    )
 
 
 def write_bundle(folder: Path, settings: BundleSettings, weights: Mapping[str, Tensor]) -> Path:

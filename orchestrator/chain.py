@@ -9,18 +9,23 @@ from typing import Any, Literal
 
 from methods.base import Method, ModelSettings
 from methods.catalog import Catalog, UnknownNameError
+from orchestrator.data_section import DataSettings, parse_data
 from orchestrator.optimisation import TrainSettings
+from orchestrator.references import each_reference, input_stage
 from orchestrator.settings import Problems, Typed, as_mapping, nearest, parse
 
 __all__ = ["Chain", "StageSpec", "resolve_chain", "with_baseline"]
 
-COMMON = ("method", "model", "train", "seed")
+COMMON = ("method", "model", "train", "seed", "data")
 """Settings that every stage may have besides those of its method."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """One stage, typed. ``inputs`` maps a role of the method to the name of an earlier stage."""
+    """One stage, typed. ``inputs`` maps a role of the method to the name of an earlier stage.
+
+    A role that was given a list has one entry for each: ``teacher.0``, ``teacher.1``.
+    """
 
     name: str
     method: str
@@ -29,6 +34,10 @@ class StageSpec:
     train: TrainSettings
     seed: int | Literal["trial"]
     inputs: Mapping[str, str]
+    data: DataSettings | None = None
+    """What the stage learns from: the experiment's data, or its own; None where neither can be understood."""
+    inactive: frozenset[str] = frozenset()
+    """Settings without effect for these inputs: left out of the key."""
     batch_scale: int = 1
     """By how much ``run.batch: scale`` has multiplied batch size and learning rate in ``train``."""
 
@@ -42,7 +51,7 @@ def with_baseline(
 ) -> dict[str, dict[str, Any]]:
     """Stages in which those of a baseline take the place of ours.
 
-    A replaced stage inherits ``model``, ``train`` and ``seed`` where it does not name them: the baseline differs
+    A replaced stage inherits ``model``, ``train``, ``seed`` and ``data`` where it does not name them: the baseline differs
     from the experiment in its method and that method's settings, not by accident in its recipe.
     """
     merged = {
@@ -50,7 +59,9 @@ def with_baseline(
     }
     for name in replaced:
         if name in stages:
-            inherited = {key: stages[name][key] for key in ("model", "train", "seed") if key in stages[name]}
+            inherited = {
+                key: stages[name][key] for key in ("model", "train", "seed", "data") if key in stages[name]
+            }
             merged[name] = {**inherited, **replaced[name]}
             merged[name].setdefault("method", stages[name].get("method"))
     return merged
@@ -74,14 +85,18 @@ def resolve_chain(
     target: str,
     catalog: Catalog,
     problems: Problems,
+    data: DataSettings | None = None,
 ) -> Chain:
-    """Type all ``stages`` with ``values`` laid over them; return those that lead to ``target``."""
+    """Type all ``stages`` with ``values`` laid over them; return those that lead to ``target``.
+
+    ``data`` is the experiment's section, which a stage's own may change.
+    """
     raw = {name: copy.deepcopy(dict(stage)) for name, stage in stages.items()}
     for path, value in values.items():
         _lay_over(raw, path, value)
     typed: Chain = {}
     for name, stage in raw.items():
-        spec = _resolve_stage(name, dict(stage), raw, target, typed, catalog, problems)
+        spec = _resolve_stage(name, dict(stage), raw, target, typed, catalog, problems, data)
         if spec is not None:
             typed[name] = spec
     return _ancestors(typed, target) if not problems else typed
@@ -108,6 +123,7 @@ def _resolve_stage(
     earlier: Chain,
     catalog: Catalog,
     problems: Problems,
+    data: DataSettings | None,
 ) -> StageSpec | None:
     path = f"stages.{name}"
     method_name = stage.pop("method", None)
@@ -117,20 +133,28 @@ def _resolve_stage(
     num_problems = len(problems)
     model = _resolve_model(stage.pop("model", None), method, f"{path}.model", catalog, problems)
     train = _resolve_train(stage.pop("train", None), method, f"{path}.train", problems)
-    seed = stage.pop("seed", "trial" if name == target else 0)
-    if seed != "trial" and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        problems.add(f"{path}.seed", f"expected 'trial' or a whole number from 0, got {seed!r}")
+    seed = _resolve_seed(stage.pop("seed", "trial" if name == target else 0), f"{path}.seed", problems)
+    if "data" in stage:
+        data = parse_data(stage.pop("data"), f"{path}.data", catalog, problems, data)
+    references = {role: stage.pop(role, None) for role in method.inputs}
     inputs = {}
-    for role, needs in method.inputs.items():
-        source = _resolve_input(role, stage.pop(role, None), needs, path, stages, earlier, catalog, problems)
+    for role, value in each_reference(references, method, path, problems):
+        needs = method.inputs[role.partition(".")[0]]
+        source = _resolve_input(role, value, needs, path, stages, earlier, catalog, problems)
         if source is not None:
             inputs[role] = source
     settings = _resolve_settings(stage, method, path, problems)
     if len(problems) > num_problems or train is None:
         return None
+    known = {role: input_stage(earlier[source], earlier, catalog) for role, source in inputs.items()}
+    for reason in method.refusals(settings, known):
+        problems.add(path, reason)
+    if len(problems) > num_problems:
+        return None
     return StageSpec(
-        name=name, method=method_name, settings=settings, model=model, train=train, seed=seed, inputs=inputs
-    )
+        name=name, method=method_name, settings=settings, model=model, train=train, seed=seed, inputs=inputs,
+        inactive=method.inactive_for(settings, known), data=data,
+    )  # fmt: skip
 
 
 def _resolve_method(name: Any, path: str, catalog: Catalog, problems: Problems) -> type[Method] | None:
@@ -145,10 +169,18 @@ def _resolve_method(name: Any, path: str, catalog: Catalog, problems: Problems) 
         return None
 
 
+def _resolve_seed(seed: Any, path: str, problems: Problems) -> int | Literal["trial"]:
+    if seed != "trial" and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        problems.add(path, f"expected 'trial' or a whole number from 0, got {seed!r}")
+    return seed  # type: ignore[no-any-return]
+
+
 def _resolve_train(value: Any, method: type[Method], path: str, problems: Problems) -> TrainSettings | None:
     values = {**method.train_defaults, **as_mapping(value, path, problems)}
     train = parse(TrainSettings, values, path, problems)
     metrics = method.evaluation_metrics
+    if train is not None and train.epochs > 0 and not method.trains:
+        problems.add(f"{path}.epochs", f"{method.__name__} trains nothing; leave train out")
     if train is not None and train.keep == "best" and train.objective not in ("", *metrics):
         hint = nearest(train.objective, metrics)
         problems.add(f"{path}.objective", f"{method.__name__} reports no {train.objective!r}{hint}")
@@ -157,6 +189,8 @@ def _resolve_train(value: Any, method: type[Method], path: str, problems: Proble
 
 def _resolve_settings(stage: dict[str, Any], method: type[Method], path: str, problems: Problems) -> Any:
     own = {item.name for item in fields(method.Settings)}
+    if "preset" in stage and "preset" not in own:
+        stage = {**_resolve_preset(stage.pop("preset"), method, f"{path}.preset", problems), **stage}
     known = own | set(COMMON) | set(method.inputs)
     for name in [name for name in stage if name not in own]:
         problems.add(
@@ -164,6 +198,14 @@ def _resolve_settings(stage: dict[str, Any], method: type[Method], path: str, pr
         )
         stage.pop(name)
     return parse(method.Settings, stage, path, problems)
+
+
+def _resolve_preset(name: Any, method: type[Method], path: str, problems: Problems) -> Mapping[str, Any]:
+    """Settings that lie below those of the stage. Only they, and not the name, are part of the key."""
+    if isinstance(name, str) and name in method.presets:
+        return method.presets[name]
+    problems.add(path, f"{name!r} is not a preset of {method.__name__}{nearest(name, method.presets)}")
+    return {}
 
 
 def _resolve_model(
@@ -238,9 +280,9 @@ def _reaches(stages: Mapping[str, Any], start: str, goal: str) -> bool:
         if name in seen or not isinstance(stages.get(name), Mapping):
             continue
         seen.add(name)
-        todo += [
-            value[1:] for value in stages[name].values() if isinstance(value, str) and value.startswith("$")
-        ]
+        for value in stages[name].values():
+            references = value if isinstance(value, list | tuple) else [value]
+            todo += [item[1:] for item in references if isinstance(item, str) and item.startswith("$")]
     return False
 
 

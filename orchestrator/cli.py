@@ -1,6 +1,7 @@
-"""The command line: ``stillhouse plan | run | results | show | methods | models | doctor``.
+"""The command line: ``stillhouse plan | run | results | show | export | methods | models | doctor``.
 
-Exit codes: 0 done; 1 some trials failed; 2 the experiment file, or the machine, is wrong; 130 interrupted.
+Exit codes: 0 done; 1 some trials failed; 2 the experiment file, or the machine, is wrong; 3 stopped at the budget;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.errors import ConfigurationError, StillhouseError
+
+if TYPE_CHECKING:
+    from orchestrator.store import Store
 
 __all__ = ["main"]
 
@@ -21,7 +26,7 @@ EPILOG = """\
 An override is PATH=VALUE: a section (search.seeds=3, run.storage=/data/runs, data.root=PATH) or a stage
 (views.margin=0.3, student.train.epochs=60). Fixing a setting takes it out of the search space.
 
-exit codes: 0 done, 1 some trials failed, 2 the experiment file is wrong, 130 interrupted
+exit codes: 0 done, 1 some trials failed, 2 the experiment file is wrong, 3 stopped at the budget, 130 interrupted
 """
 
 
@@ -71,10 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("experiment", metavar="EXPERIMENT", help="the experiment file (YAML)")
         command.add_argument("overrides", metavar="PATH=VALUE", nargs="*", help="settings laid over the file")
         command.set_defaults(command=function)
-    show = commands.add_parser("show", help="manifest and lineage of an artifact")
-    show.add_argument("key", metavar="KEY", help="its key, or the first digits of it")
-    show.add_argument("--storage", default="runs", help="where the artifacts are (default: runs)")
-    show.set_defaults(command=_show)
+    _artifact_parsers(commands)
     for name, function, help_text in (
         ("methods", _methods, "what can be learnt from what, with settings and defaults"),
         ("models", _models, "the networks, with their parameter counts"),
@@ -87,6 +89,20 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--tracking", default=None, help="an MLflow tracking URI to try")
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _artifact_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Commands about one artifact."""
+    for name, function, help_text in (
+        ("show", _show, "manifest and lineage of an artifact"),
+        ("export", _export, "write a trained network as ONNX, checked against the original"),
+    ):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("key", metavar="KEY", help="its key, or the first digits of it")
+        command.add_argument("--storage", default="runs", help="where the artifacts are (default: runs)")
+        command.set_defaults(command=function)
+        if name == "export":
+            command.add_argument("--output", metavar="FILE", help="the file to write (default: KEY.onnx)")
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -118,6 +134,12 @@ def finish(experiment: object) -> int:
     if result.interrupted:
         print("interrupted; the same command goes on from the store", file=sys.stderr)
         return 130
+    if result.budget_reached:
+        print(
+            f"stopped at the budget: {result.budget_reached}; the same command with a larger budget goes on from the store",
+            file=sys.stderr,
+        )
+        return 3
     return 1 if result.num_failed else 0
 
 
@@ -133,14 +155,30 @@ def _results(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     from orchestrator.describe import artifact_text
+
+    print(artifact_text(_existing_store(options.storage), options.key))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from orchestrator.export import export_artifact
+
+    store = _existing_store(options.storage)
+    key = store.find(options.key)
+    path = Path(options.output or f"{key[:12]}.onnx")
+    difference = export_artifact(store, key, path)
+    print(f"{path}: largest difference from the network {difference:.1e} of the largest logit")
+    return 0
+
+
+def _existing_store(storage: str) -> Store:
     from orchestrator.store import Store
 
-    if "://" not in options.storage and not Path(options.storage).is_dir():
+    if "://" not in storage and not Path(storage).is_dir():
         raise ConfigurationError(
-            f"--storage: {options.storage!r} is not a folder; name the run.storage of the experiment"
+            f"--storage: {storage!r} is not a folder; name the run.storage of the experiment"
         )
-    print(artifact_text(Store(options.storage), options.key))
-    return 0
+    return Store(storage)
 
 
 def _methods(options: argparse.Namespace) -> int:

@@ -43,6 +43,8 @@ def methods_text(name: str | None = None) -> str:
         f"metrics: {', '.join(method.evaluation_metrics)}",
     ]
     lines += ["", "settings:", *_setting_lines(method.Settings, {})]
+    if method.presets:
+        lines += ["", "presets:", *(f"  {name}: {dict(values)}" for name, values in method.presets.items())]
     lines += ["", "train:", *_setting_lines(TrainSettings, dict(method.train_defaults))]
     return "\n".join(lines)
 
@@ -67,7 +69,14 @@ def _default(field: Field[Any]) -> Any:
 
 
 def _field_notes(settings: type) -> dict[str, str]:
-    """The line of explanation below each field, as the source has it."""
+    """The line of explanation below each field, as the source has it; inherited fields bring theirs."""
+    notes: dict[str, str] = {}
+    for cls in reversed(settings.__mro__[:-1]):
+        notes |= _own_field_notes(cls)
+    return notes
+
+
+def _own_field_notes(settings: type) -> dict[str, str]:
     import ast
     import textwrap
 

@@ -102,6 +102,12 @@ class Dispatcher:
         return not self._running and (self._cancelled or (not self._queue and self._sampler.exhausted))
 
     @property
+    def complete(self) -> bool:
+        """Whether nothing was left undone, also after ``cancel_waiting``."""
+        confirmed = self._confirming or not self._search.confirm.top
+        return self._sampler.exhausted and confirmed and self.trials.keys() <= self.outcomes.keys()
+
+    @property
     def waiting(self) -> Sequence[Trial]:
         return tuple(self._queue)
 

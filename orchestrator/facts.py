@@ -9,28 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from methods import BUILTIN
-from orchestrator.chain import resolve_chain, with_baseline
+from orchestrator.chain import StageSpec, resolve_chain, with_baseline
+from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError
 from orchestrator.keys import Facts
-from orchestrator.settings import Problems, to_plain
+from orchestrator.settings import Problems
 from orchestrator.spec import ExperimentSpec
 
-__all__ = ["gather_facts"]
+__all__ = ["data_sections", "gather_facts"]
 
 
 def gather_facts(spec: ExperimentSpec) -> Facts:
     """Raises ``ConfigurationError`` naming every file that is absent or unreadable."""
     problems = Problems()
-    data: dict[str, Any] = {}
-    try:
-        data["fingerprint"] = spec.data.source.fingerprint()
-    except (OSError, ValueError) as error:
-        problems.add("data", str(error))
-    data |= {
-        "validation": spec.data.validation,
-        "split_seed": spec.data.split_seed,
-        "augment": to_plain(spec.data.active_augment),
-    }
+    data: dict[str, str] = {}
+    for name, section in data_sections(spec).items():
+        try:
+            data[name] = section.source.fingerprint()
+        except (OSError, ValueError) as error:
+            problems.add("data" if section == spec.data else f"data {section.dataset}", str(error))
     checkpoints = {}
     for path in sorted(set(_checkpoint_paths(spec))):
         try:
@@ -42,20 +39,32 @@ def gather_facts(spec: ExperimentSpec) -> Facts:
     return Facts(data=data, checkpoints=checkpoints, code=dict(_foreign_code(spec)))
 
 
+def data_sections(spec: ExperimentSpec) -> dict[str, DataSettings]:
+    """``source_id`` -> a section that loads it: the experiment's and those of stages, whatever their point."""
+    sections = [spec.data, *(stage.data for stage in _all_stages(spec, ".data") if stage.data is not None)]
+    return {section.source_id: section for section in reversed(sections)}
+
+
 def _checkpoint_paths(spec: ExperimentSpec) -> Iterator[str]:
+    for stage in _all_stages(spec, ".model"):
+        if stage.model is not None and stage.model.checkpoint is not None:
+            yield stage.model.checkpoint
+
+
+def _all_stages(spec: ExperimentSpec, varied: str) -> Iterator[StageSpec]:
+    """Stages of the experiment and its baselines, with each value of the swept settings whose path has ``varied``."""
     labels: list[str | None] = [None, *spec.baselines]
     choices: list[dict[str, Any]] = [{}] + [
         {path: value}
         for path, domain in spec.search.space.items()
-        if ".model" in path
+        if varied in path
         for value in domain.probes()
     ]
     for label in labels:
         stages = spec.stages if label is None else with_baseline(spec.stages, spec.baselines[label])
         for values in choices:
-            for stage in resolve_chain(stages, values, spec.target, spec.catalog, Problems()).values():
-                if stage.model is not None and stage.model.checkpoint is not None:
-                    yield stage.model.checkpoint
+            chain = resolve_chain(stages, values, spec.target, spec.catalog, Problems(), spec.data)
+            yield from chain.values()
 
 
 def _foreign_code(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,7 +101,20 @@ def storage_errors(place: str, doing: str) -> Iterator[None]:
         raise StorageError(f"cannot {doing} {place}: {error}. {_missing_library(place)}") from error
     except Exception as error:
         cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise StorageError(f"cannot {doing} {place}: {cause}. {_remedy(error)}") from error
+        raise StorageError(
+            f"cannot {doing} {place}: {cause}. {_room(error, place)}{_remedy(error)}"
+        ) from error
+
+
+def _room(error: Exception, place: str) -> str:
+    """For a full disk, how full it is."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    folder = next((parent for parent in Path(place).parents if parent.is_dir()), None)
+    if folder is None:
+        return ""
+    found = shutil.disk_usage(folder)
+    return f"{found.free / 2**20:.1f} of {found.total / 2**20:.1f} MiB are free; "
 
 
 def _missing_library(place: str) -> str:

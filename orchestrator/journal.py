@@ -1,7 +1,8 @@
 """The local record of everything that tracking will be told: one append-only file of JSON lines per sweep.
 
 Writing here is all that a sweep ever waits for. ``orchestrator.tracking.Mirror`` reads the same file and sends it
-to MLflow, now or in a later process. Pure files: no MLflow, no network.
+to MLflow, now or in a later process. Pure files: no MLflow, no network. Where the disk does not take a record (it is
+full), the record waits in memory for the next one: training is worth more than what is told about it.
 
 Every line is ``{"op": ..., "id": ..., "at": unix seconds, ...}``. Ids are ours and stable (``sweep:NAME``,
 ``trial:KEY``, ``stage:KEY``), so the same sweep run twice speaks of the same runs.
@@ -15,6 +16,7 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
 Record = dict[str, Any]
 DAMAGED = "damaged"
+MAX_WAITING = 100_000
+"""Records that wait in memory for a full disk; beyond it rows of numbers are left out."""
 
 
 class Journal:
@@ -45,6 +49,9 @@ class Journal:
         self._models: set[tuple[str, str]] = set()
         for record, _ in read_records(path):
             self._remember(record)
+        self._waiting: deque[bytes] = deque()
+        """Lines that the disk has not taken."""
+        self._trouble = ""
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def run(
@@ -121,13 +128,15 @@ class Journal:
         """Whether this run was closed as FINISHED, now or by an earlier process."""
         return self._declared.get(id) == "FINISHED"
 
-    def close(self) -> None:
-        """Flush to the disk and close. Idempotent."""
+    def close(self) -> int:
+        """Flush to the disk and close; the number of records that it never took. Idempotent."""
         with self._lock:
             if self._file >= 0:
+                self._write_waiting()
                 os.fsync(self._file)
                 os.close(self._file)
             self._file = -1
+            return len(self._waiting)
 
     def _write(self, op: str, id: str, fields: Record) -> None:
         if op != "run" and id not in self._declared:
@@ -137,8 +146,29 @@ class Journal:
         with self._lock:
             if self._file < 0:
                 raise ValueError(f"the journal {self.path} is closed")
-            self._append(line)
+            if len(self._waiting) < MAX_WAITING or op != "metrics":
+                self._waiting.append(line)
+            self._write_waiting()
             self._remember(record)
+
+    def _write_waiting(self) -> None:
+        """Write as many lines as the disk takes, in their order; say once when it takes none, and when it does again."""
+        try:
+            while self._waiting:
+                self._append(self._waiting[0])
+                self._waiting.popleft()
+        except OSError as error:
+            if not self._trouble:
+                logger.warning(
+                    "the journal %s cannot be written: %s. The sweep goes on, and what tracking is to be told waits in "
+                    "memory; free space on that disk",
+                    self.path, error,
+                )  # fmt: skip
+            self._trouble = str(error)
+        else:
+            if self._trouble:
+                logger.warning("the journal %s can be written again: nothing is lost", self.path)
+            self._trouble = ""
 
     def _append(self, line: bytes) -> None:
         """Write the whole line or, when the disk is full, nothing: a torn line must not swallow the next one."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from methods.catalog import Catalog
 from orchestrator.chain import StageSpec
+from orchestrator.data_section import DataSettings
 from orchestrator.optimisation import TrainSettings
 from orchestrator.settings import to_plain
 
@@ -20,8 +21,8 @@ __all__ = ["Facts", "active_settings", "content_key", "cost_signature", "stage_c
 class Facts:
     """What has to be looked up in the world before a key can be made."""
 
-    data: Mapping[str, Any]
-    """Fingerprint of the data set with split and augmentation."""
+    data: Mapping[str, str]
+    """``source_id`` of a data section -> fingerprint of what is loaded."""
     checkpoints: Mapping[str, str] = field(default_factory=dict)
     """Path of a checkpoint file -> hash of its bytes."""
     code: Mapping[str, str] = field(default_factory=dict)
@@ -36,7 +37,7 @@ def content_key(content: Any) -> str:
 
 def active_settings(stage: StageSpec, catalog: Catalog) -> dict[str, Any]:
     """The method's settings that have an effect at this point, as plain values."""
-    inactive = catalog.method(stage.method).inactive(stage.settings)
+    inactive = stage.inactive | catalog.method(stage.method).inactive(stage.settings)
     return {name: value for name, value in to_plain(stage.settings).items() if name not in inactive}
 
 
@@ -46,7 +47,13 @@ def active_train(train: TrainSettings) -> dict[str, Any]:
 
 
 def stage_content(
-    stage: StageSpec, *, seed: int, inputs: Mapping[str, str], facts: Facts, catalog: Catalog
+    stage: StageSpec,
+    *,
+    data: DataSettings,
+    seed: int,
+    inputs: Mapping[str, str],
+    facts: Facts,
+    catalog: Catalog,
 ) -> dict[str, Any]:
     """Everything that determines the bytes of this stage's artifact."""
     method = catalog.method(stage.method)
@@ -56,7 +63,7 @@ def stage_content(
         "settings": active_settings(stage, catalog),
         "model": _model_content(stage, facts),
         "train": active_train(stage.train),
-        "data": dict(facts.data),
+        "data": data.content(facts.data[data.source_id]),
         "seed": seed,
         "inputs": dict(inputs),
     }
@@ -73,13 +80,15 @@ def _model_content(stage: StageSpec, facts: Facts) -> dict[str, Any] | None:
     return content
 
 
-def cost_signature(stage: StageSpec, input_signatures: Mapping[str, str], facts: Facts) -> str:
+def cost_signature(
+    stage: StageSpec, data: DataSettings, input_signatures: Mapping[str, str], facts: Facts
+) -> str:
     """Name of the history to which this stage's cost per epoch belongs: kind of work, not its settings."""
     return content_key({
         "method": stage.method,
         "model": stage.model.name if stage.model else None,
         "batch_size": stage.train.batch_size,
         "precision": stage.train.precision,
-        "data": facts.data.get("fingerprint"),
+        "data": data.content(facts.data[data.source_id]),
         "inputs": dict(input_signatures),
     })  # fmt: skip

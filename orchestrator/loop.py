@@ -173,7 +173,7 @@ class _Run:
         """One optimizer step; gives the values of the last micro-batch."""
         state, stream = self.state, self.training
         num_rows = min(stream.batch_size, stream.num_samples - state.position * stream.batch_size)
-        micro_batches = _split(batch, self.settings.accumulate)
+        micro_batches = _split(batch, self.settings.accumulate, num_rows // self.workers.size)
         totals = []
         for micro in micro_batches:
             share = len(micro.labels) * self.workers.size / num_rows
@@ -261,26 +261,27 @@ class _Run:
             if not row and self.validation is not None:
                 row = evaluate(self.method, self.validation, device=self.device, workers=self.workers)
             kept = state.best or {"row": row, "weights": self._artifact_weights()}
+        held = state.held()
         return Training(
             history=state.history,
             weights=kept["weights"],
             metrics={name: value for name, value in kept["row"].items() if name not in NOT_METRICS},
-            seconds=state.seconds,
-            cpu_seconds=state.cpu_seconds,
+            seconds=held.seconds,
+            worker_seconds=held.worker_seconds,
+            cpu_seconds=held.cpu_seconds,
             peak_memory_bytes=state.peak_memory_bytes,
             resumed_epochs=state.resumed_epochs,
         )
 
 
-def _split(batch: Batch, num_parts: int) -> list[Batch]:
-    """Micro-batches of nearly equal size, none of a single row: batch norm could not train on that."""
-    num_parts = max(1, min(num_parts, len(batch.labels) // 2))
+def _split(batch: Batch, num_parts: int, num_rows: int) -> list[Batch]:
+    """Micro-batches of two rows or more (batch norm), as many on every worker: by ``num_rows`` of the smallest share."""
+    num_parts = max(1, min(num_parts, num_rows // 2))
     if num_parts == 1:
         return [batch]
-    columns = (column.tensor_split(num_parts) for column in (batch.images, batch.labels, batch.indices))
-    return [
-        Batch(images, labels, indices, batch.epoch) for images, labels, indices in zip(*columns, strict=True)
-    ]
+    present = [name for name, value in zip(Batch._fields, batch, strict=True) if isinstance(value, Tensor)]
+    columns = (getattr(batch, name).tensor_split(num_parts) for name in present)
+    return [batch._replace(**dict(zip(present, parts, strict=True))) for parts in zip(*columns, strict=True)]
 
 
 def _refuse_misfit(

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.25
 RECORDS_PER_ROUND = 500
 MAX_PAUSE_SECONDS = 60.0
+AWAY_SECONDS = 10.0
+"""How long a server that is known to be away is waited for in the end."""
 MAX_ATTEMPTS = 5
 """How often one record may fail for an unknown reason, while the server answers, before it is left out."""
 DATA = frozenset({"params", "metrics", "tags"})
@@ -91,11 +93,17 @@ class Follower:
         return sum(1 for _ in read_records(self.journal_path, self.state.offset))
 
     def drain(self, timeout_seconds: float) -> int:
-        """Wait until everything written so far is delivered, at most this long; the number of records still waiting."""
-        deadline = time.monotonic() + timeout_seconds
+        """Wait until everything written so far is delivered, at most this long; the number of records still waiting.
+
+        A server that is away, and does not come back at once, is not worth the whole wait.
+        """
+        started = time.monotonic()
+        deadline = started + timeout_seconds
         self._hurry.set()
         while self._thread is not None and self._thread.is_alive() and time.monotonic() < deadline:
             if self.state.offset >= _size(self.journal_path) and self._idle.is_set():
+                break
+            if self._trouble is not None and time.monotonic() - started > AWAY_SECONDS:
                 break
             time.sleep(0.02)
         return self.waiting()

@@ -50,10 +50,14 @@ class WorkerSettings:
         return self.workers == 1
 
     @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change while the stage trains."""
+        return self.least_workers < self.workers
+
+    @property
     def num_workers(self) -> int | tuple[int, int]:
         """How many workers there are: a number, or the least and the most of an elastic group."""
-        elastic = self.min_workers is not None and self.min_workers < self.workers
-        return (self.min_workers or 1, self.workers) if elastic else self.workers
+        return (self.least_workers, self.workers) if self.is_elastic else self.workers
 
     @property
     def least_workers(self) -> int:

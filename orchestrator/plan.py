@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.chain import Chain, StageSpec
+from orchestrator.cost import NO_TIME, MachineTime, stage_resources
+from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError
 from orchestrator.keys import Facts, active_settings, active_train, content_key, cost_signature, stage_content
 from orchestrator.settings import to_plain
-from orchestrator.spec import ExperimentSpec
+from orchestrator.spec import ExperimentSpec, RunSettings
 
 __all__ = ["Plan", "PlannedStage", "Planner", "Point", "Trial", "make_plan"]
 
@@ -31,6 +33,7 @@ class PlannedStage:
     name: str
     key: str
     spec: StageSpec
+    data: DataSettings
     seed: int
     inputs: Mapping[str, str]
     content: Mapping[str, Any]
@@ -88,20 +91,22 @@ class Planner:
         signatures: dict[str, str] = {}
         planned = []
         for name, stage in chain.items():
+            data = stage.data or self.spec.data
             seed = trial_seed if stage.seed == "trial" else stage.seed
             inputs = {role: keys[source] for role, source in stage.inputs.items()}
             content = stage_content(
-                stage, seed=seed, inputs=inputs, facts=self.facts, catalog=self.spec.catalog
+                stage, data=data, seed=seed, inputs=inputs, facts=self.facts, catalog=self.spec.catalog
             )
             keys[name] = content_key(content)
             signatures[name] = cost_signature(
-                stage, {role: signatures[source] for role, source in stage.inputs.items()}, self.facts
+                stage, data, {role: signatures[source] for role, source in stage.inputs.items()}, self.facts
             )
             planned.append(
                 PlannedStage(
                     name=name,
                     key=keys[name],
                     spec=stage,
+                    data=data,
                     seed=seed,
                     inputs=inputs,
                     content=content,
@@ -143,6 +148,10 @@ class Plan:
     """Trials that the confirmation of the best points may add in the end."""
     slots: int = 1
     """How many trials run at a time."""
+    run: RunSettings = field(default_factory=RunSettings)
+    """What stages hold, what that costs, and what it may."""
+    spent: MachineTime = NO_TIME
+    """What earlier runs of this sweep have held."""
 
     @property
     def stages(self) -> dict[str, PlannedStage]:
@@ -166,6 +175,16 @@ class Plan:
         """Expected training time one after the other; None when a kind of stage has no history."""
         costs = [self.costs.get(stage.key) for stage in stages]
         return None if any(cost is None for cost in costs) else float(sum(filter(None, costs)))
+
+    def machine_time(self, stages: Iterable[PlannedStage]) -> MachineTime | None:
+        """Cores and GPUs that these stages will hold; None when a kind of stage has no history."""
+        total = NO_TIME
+        for stage in stages:
+            seconds = self.costs.get(stage.key)
+            if seconds is None:
+                return None
+            total += stage_resources(self.run, stage.name).over(seconds)
+        return total
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Stage name -> how many distinct stages there are in all, stored, and to run."""
@@ -217,4 +236,5 @@ def make_plan(
         num_undrawn=num_undrawn,
         num_confirming=search.confirm.top * max(0, search.confirm.seeds - search.seeds),
         slots=slots,
+        run=planner.spec.run,
     )

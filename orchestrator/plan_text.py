@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from orchestrator.budget import exceeded
+from orchestrator.cost import NO_TIME, MachineTime, cost_text
+
 if TYPE_CHECKING:
     from orchestrator.plan import Plan, PlannedStage
 
@@ -16,7 +19,7 @@ def plan_text(plan: Plan) -> str:
     by_name: dict[str, list[PlannedStage]] = {}
     for stage in plan.stages.values():
         by_name.setdefault(stage.name, []).append(stage)
-    rows = [("stage", "method", "model", "distinct", "stored", "to run", "used by", "expected")]
+    rows = [("stage", "method", "model", "distinct", "stored", "to run", "used by", "expected", "cost")]
     counts = plan.counts()
     missing = plan.missing
     depths = _depths(plan)
@@ -33,6 +36,7 @@ def plan_text(plan: Plan) -> str:
                 str(len(to_run)),
                 f"{sum(uses[stage.key] for stage in stages)} trials",
                 duration(plan.seconds(to_run)) if to_run else "–",
+                cost_text(plan.machine_time(to_run), plan.run.prices) if to_run else "–",
             )
         )
     return "\n".join([_headline(plan), "", *_columns(rows), "", *_scaled_batches(plan), *_closing(plan)])
@@ -77,14 +81,30 @@ def _closing(plan: Plan) -> list[str]:
         unknown = {stage.name for key, stage in missing.items() if key not in plan.costs}
         listed = ", ".join(name for name in names if name in unknown)
         lines.append(f"Expected cost: no history yet for {listed}; known after the first one has run.")
-        return lines
+        return lines + _budget(plan, NO_TIME, 0.0)
     todo = [trial for trial in plan.trials if trial.key not in plan.stored]
     alone = plan.seconds(stage for trial in todo for stage in trial.stages if stage.key not in plan.stored)
     lines.append(
         f"Expected cost: {duration(shared)} of training, about {duration(shared / plan.slots)} with {_plural(plan.slots, 'trial')} at a time."
     )
+    held = plan.machine_time(missing.values()) or NO_TIME
+    lines.append(f"It holds {cost_text(held, plan.run.prices)}.")
     if alone is not None and alone > shared:
         lines.append(f"Without sharing stages it would be {duration(alone)} ({alone / shared:.2f} x).")
+    return lines + _budget(plan, held, shared / plan.slots)
+
+
+def _budget(plan: Plan, expected: MachineTime, seconds: float) -> list[str]:
+    """What was spent, and a warning where that and the expectation are more than the budget."""
+    lines = []
+    if plan.spent != NO_TIME:
+        lines.append(f"Earlier runs of this sweep held {cost_text(plan.spent, plan.run.prices)}.")
+    reached = exceeded(plan.run.budget, plan.run.prices, plan.spent + expected, seconds)
+    if reached:
+        lines.append(
+            f"Warning: this needs more than the budget: {'; '.join(reached)}, by what is expected. "
+            "The sweep will stop there, to be resumed with a larger budget."
+        )
     return lines
 
 

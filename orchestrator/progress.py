@@ -52,6 +52,10 @@ class Status:
     best: str = ""
     seconds_left: float | None = None
     elapsed_seconds: float = 0.0
+    spent: str = ""
+    """Machine time and money so far and in the end, as text."""
+    cost: Mapping[str, float] = field(default_factory=dict)
+    """The same as numbers, for tracking."""
 
 
 class Display:
@@ -115,6 +119,8 @@ def summary_line(status: Status) -> str:
         parts.append(f"best {status.best}")
     if status.seconds_left is not None:
         parts.append(f"about {duration(status.seconds_left)} left")
+    if status.spent:
+        parts.append(f"spent {status.spent}")
     return " | ".join(parts)
 
 
@@ -140,6 +146,8 @@ def render(status: Status) -> Group:
     if status.seconds_left is not None:
         head.append(f"  about {duration(status.seconds_left)} left", style="dim")
     parts: list[Text | Table] = [head, table, running]
+    if status.spent:
+        parts.append(Text(f"spent: {status.spent}", style="dim"))
     if status.best:
         parts.append(Text(f"best so far: {status.best}"))
     return Group(*parts)

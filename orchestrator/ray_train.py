@@ -45,6 +45,9 @@ ENVIRONMENT = {
 workers on a node that goes away are started again without being counted, watched or not."""
 PASSED_ON = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_DEBUG")
 """What a user sets where the sweep is started, and means for the workers: by which network they meet."""
+ELASTIC_START_SECONDS = "20"
+"""How long an elastic group waits for room before it looks again how much there is. Ray's own minute is for groups
+that cannot be any smaller."""
 UNUSED_CALLBACKS = ("DatasetsCallback",)
 """Parts of Ray Train that start a process for every group of workers, for Ray Data, which we do not use."""
 
@@ -146,6 +149,8 @@ class StageExecute:
         """Several workers: Ray Train."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if wanted.is_elastic:
+            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ELASTIC_START_SECONDS)
         trainer = _Trainer(
             _train_in_group,
             train_loop_config={"stages": self.stages, "stage": stage, "fence": fence},

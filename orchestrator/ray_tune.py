@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from ray.tune.search import Searcher
 
 from methods import BUILTIN, Catalog
 from methods.data.base import ImageData
+from orchestrator.data_section import DataSettings
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.errors import ConfigurationError
 from orchestrator.loop import Row
@@ -68,6 +69,9 @@ class SweepListener(Protocol):
 
     def trial_started(self, trial: Trial) -> None: ...
 
+    def trial_placed(self, trial: Trial) -> None:
+        """The trial holds its resources from now on; again after its process died."""
+
     def trial_row(self, trial: Trial, row: Row) -> None: ...
 
     def trial_ended(self, trial: Trial, outcome: Outcome) -> None: ...
@@ -77,17 +81,18 @@ class SweepListener(Protocol):
 
 
 class SharedData:
-    """A data set in Ray's object store: loaded once by the driver, mapped read-only into every trial's process."""
+    """Data sets in Ray's object store: loaded once by the driver, mapped read-only into every trial's process."""
 
     _loaded: dict[str, ImageData] = {}  # noqa: RUF012 - one per process, on purpose
 
-    def __init__(self, data: ImageData) -> None:
-        self._reference = ray.put(data)
+    def __init__(self, data: Iterable[tuple[str, ImageData]]) -> None:
+        self._references = {name: ray.put(loaded) for name, loaded in data}
 
-    def __call__(self) -> ImageData:
-        name = self._reference.hex()
+    def __call__(self, section: DataSettings) -> ImageData:
+        reference = self._references[section.source_id]
+        name = reference.hex()
         if name not in self._loaded:
-            self._loaded[name] = ray.get(self._reference)
+            self._loaded[name] = ray.get(reference)
         return self._loaded[name]
 
 
@@ -230,6 +235,10 @@ class _DispatchSearcher(Searcher):
         if outcome.status != "deferred":
             self._listener.trial_ended(trial, outcome)
 
+    def placed(self, trial_id: str) -> None:
+        if trial_id in self._trials:
+            self._listener.trial_placed(self._trials[trial_id])
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the store knows what is finished."""
 
@@ -254,7 +263,7 @@ def _outcome(result: Mapping[str, Any], row: Row | None) -> Outcome:
 
 
 class _Watch(tune.Callback):
-    """Lets the listener look around while no trial reports, and learns why a trial died."""
+    """Lets the listener look around while no trial reports, and learns when a trial got its place or died."""
 
     def __init__(self, listener: SweepListener, searcher: _DispatchSearcher) -> None:
         self._listener = listener
@@ -262,6 +271,9 @@ class _Watch(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._listener.tick()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._searcher.placed(trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._searcher.died(trial.trial_id, str(trial.get_error() or ""))

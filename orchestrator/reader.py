@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from methods.catalog import Catalog, UnknownNameError
-from orchestrator.chain import resolve_chain, with_baseline
+from methods.catalog import Catalog
+from orchestrator.chain import Chain, resolve_chain, with_baseline
+from orchestrator.data_section import DataSettings, parse_data
 from orchestrator.document import SECTIONS
 from orchestrator.errors import ConfigurationError
 from orchestrator.settings import Problems, Typed, as_mapping, nearest, parse
 from orchestrator.space import parse_domain
-from orchestrator.spec import DataSettings, ExperimentSpec, Objective, RunSettings, SearchSettings
+from orchestrator.spec import ExperimentSpec, Objective, RunSettings, SearchSettings
 
 __all__ = ["parse_experiment"]
 
@@ -31,7 +32,7 @@ def parse_experiment(document: Mapping[str, Any], catalog: Catalog) -> Experimen
         if section not in SECTIONS:
             problems.add(str(section), f"{section!r} is not a section{nearest(str(section), SECTIONS)}")
     name = _parse_name(document.get("name"), problems)
-    data = _parse_data(document.get("data"), catalog, problems)
+    data = parse_data(document.get("data"), "data", catalog, problems)
     stages = _stage_mappings(document.get("stages"), "stages", problems)
     if not stages:
         problems.add(
@@ -44,9 +45,11 @@ def parse_experiment(document: Mapping[str, Any], catalog: Catalog) -> Experimen
     if run is not None:
         _check_worker_stages(run, [stages, *baselines.values()], problems)
     if search is not None:
-        _check_chains(stages, baselines, search, catalog, problems)
-        if data is not None:
-            _check_validation(data, [stages, *baselines.values()], search, problems)
+        chain = _check_chains(stages, baselines, search, catalog, problems, data)
+        target = chain.get(search.objectives[0].stage)
+        final = data if target is None else target.data
+        if final is not None:
+            _check_validation(final, [stages, *baselines.values()], search, problems)
     if problems or data is None or search is None or run is None:
         raise ConfigurationError(*problems)
     return ExperimentSpec(
@@ -88,36 +91,6 @@ def _parse_baselines(value: Any, problems: Problems) -> dict[str, dict[str, dict
             )
         baselines[label] = _stage_mappings(stages, f"baselines.{label}", problems)
     return baselines
-
-
-def _parse_data(value: Any, catalog: Catalog, problems: Problems) -> DataSettings | None:
-    settings = as_mapping(value, "data", problems)
-    dataset = settings.pop("dataset", None)
-    if not isinstance(dataset, str):
-        problems.add(
-            "data.dataset",
-            f"expected the name of a data set, got {dataset!r}. Known: {', '.join(sorted(catalog.datasets))}",
-        )
-        return None
-    try:
-        source_class = catalog.dataset(dataset)
-    except UnknownNameError as error:
-        problems.add("data.dataset", str(error))
-        return None
-    common = {item.name for item in fields(DataSettings)} - {"source", "dataset"}
-    own = {item.name for item in fields(source_class)}  # type: ignore[arg-type]
-    for name in [name for name in settings if name not in common | own]:
-        problems.add(
-            f"data.{name}", f"{name!r} is not a setting of data set {dataset!r}{nearest(name, common | own)}"
-        )
-        settings.pop(name)
-    source = parse(
-        source_class, {key: item for key, item in settings.items() if key in own}, "data", problems
-    )
-    if source is None:
-        return None
-    shared = {key: item for key, item in settings.items() if key in common}
-    return parse(DataSettings, {"dataset": dataset, "source": Typed(source), **shared}, "data", problems)
 
 
 def _parse_search(value: Any, stages: Mapping[str, Any], problems: Problems) -> SearchSettings | None:
@@ -188,11 +161,12 @@ def _check_chains(
     search: SearchSettings,
     catalog: Catalog,
     problems: Problems,
-) -> None:
+    data: DataSettings | None,
+) -> Chain:
     """Type the experiment itself, each baseline, and each value that the space may set, one at a time."""
     target = search.objectives[0].stage
-    base = resolve_chain(stages, {}, target, catalog, problems)
-    used = set(base) | _check_baselines(stages, baselines, target, catalog, problems)
+    base = resolve_chain(stages, {}, target, catalog, problems, data)
+    used = set(base) | _check_baselines(stages, baselines, target, catalog, problems, data)
     for name in stages:
         if name not in used and not problems:
             problems.add(
@@ -203,12 +177,13 @@ def _check_chains(
         seen = set(problems)
         for value in domain.probes():
             own = Problems()
-            resolve_chain(stages, {path: value}, target, catalog, own)
+            resolve_chain(stages, {path: value}, target, catalog, own, data)
             for problem in [problem for problem in own if problem not in seen]:
                 seen.add(problem)
                 problems.add("", f"search.space.{path} = {value!r}: {problem}")
     if target in base:
         _check_metrics(search, catalog.method(base[target].method).evaluation_metrics + MEASURED, problems)
+    return base
 
 
 def _check_baselines(
@@ -217,12 +192,13 @@ def _check_baselines(
     target: str,
     catalog: Catalog,
     problems: Problems,
+    data: DataSettings | None,
 ) -> set[str]:
     """Names of the stages that the baselines use."""
     used: set[str] = set()
     for label, replaced in baselines.items():
         own = Problems()
-        chain = resolve_chain(with_baseline(stages, replaced), {}, target, catalog, own)
+        chain = resolve_chain(with_baseline(stages, replaced), {}, target, catalog, own, data)
         used |= set(chain)
         for name in [name for name in replaced if name not in chain and not own]:
             own.add(

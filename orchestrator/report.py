@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.report_cost import cost_lines, cost_table
 from orchestrator.report_table import Cost, Objective, TrialRow, best, cost, table
 from orchestrator.report_text import Report, to_markdown, to_text
 
@@ -12,6 +13,8 @@ __all__ = [
     "TrialRow",
     "best",
     "cost",
+    "cost_lines",
+    "cost_table",
     "table",
     "to_markdown",
     "to_text",

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from orchestrator.cost import amount
 from orchestrator.report_table import on_test
 
 __all__ = ["MISSING", "Column", "columns", "duration", "measure", "setting", "short_names", "signed", "title"]
@@ -63,6 +64,10 @@ def columns(frame: pd.DataFrame, *, compact: bool = False) -> list[Column]:
             rank=1,
         )
     )
+    for name, unit in (("gpu_hours", "GPU-h"), ("cpu_hours", "CPU-h"), ("money", attributes.get("currency"))):
+        if name in frame:
+            cells = [MISSING if math.isnan(value) else amount(value) for value in frame[name]]
+            shown.append(Column(name=name, title=f"{unit}/\ntrial", cells=cells, rank=3))
     if set(frame["status"]) != {"done"}:
         shown.append(
             Column(

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from orchestrator.cost import NO_TIME, MachineTime, PriceSettings
 from orchestrator.spec import Objective
-from orchestrator.statistics import paired_difference, spread
+from orchestrator.statistics import PairedDifference, holm, paired_difference, spread
 
 __all__ = ["Cost", "Objective", "TrialRow", "best", "cost", "on_test", "selected", "table"]
 
@@ -48,6 +49,10 @@ class TrialRow:
     """Finished epochs of the last stage."""
     shared_seconds: float = 0.0
     """The part of ``seconds`` that another trial or an earlier sweep had already paid."""
+    held: MachineTime = NO_TIME
+    """Cores and GPUs held by its whole chain, as if it had run alone."""
+    shared_held: MachineTime = NO_TIME
+    """The part of ``held`` that another trial or an earlier sweep had already paid."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Rows of the last stage, one per epoch, with validation metrics by their plain names."""
     key: str = ""
@@ -62,6 +67,10 @@ class Cost:
     """What it would have been without sharing."""
     shared_seconds: float
     """What sharing saved."""
+    alone: MachineTime = NO_TIME
+    """Cores and GPUs that would have been held without sharing."""
+    shared: MachineTime = NO_TIME
+    """What of that sharing saved."""
 
     @property
     def paid_seconds(self) -> float:
@@ -69,15 +78,21 @@ class Cost:
 
 
 def table(
-    rows: Sequence[TrialRow], objectives: Sequence[Objective], *, baseline: str | None = None
+    rows: Sequence[TrialRow],
+    objectives: Sequence[Objective],
+    *,
+    baseline: str | None = None,
+    prices: PriceSettings | None = None,
 ) -> pd.DataFrame:
     """One row per point, the best validation mean first, failed points last.
 
     Columns: ``point``, ``label``, one per swept setting, ``seeds``; per objective its mean and ``... std`` on
     validation and, where measured, on test; ``difference (SPLIT)`` to the baseline (a label or point id) for the
-    first objective with ``low``, ``high`` and ``pairs``, on test where measured, else on validation; ``parameters``,
-    ``seconds``, ``shared_seconds`` (means per trial), ``status``, ``reason``. Numbers stay numbers; what is not known
-    is NaN. ``attrs`` keeps objectives, baseline and settings for the text forms.
+    first objective with ``low``, ``high``, ``pairs``, ``pair std``, ``p`` and ``adjusted p`` (for the number of points
+    compared), on test where measured, else on validation; ``parameters``, ``seconds``, ``shared_seconds`` (means per
+    trial), ``status``, ``reason``. Where they tell more than the seconds (several cores, GPUs, prices given) also
+    ``cpu_hours``, ``gpu_hours``, ``money``, and each with ``shared_``. Numbers stay numbers; what is not known is NaN.
+    ``attrs`` keeps objectives, baseline and settings for the text forms.
     """
     if not objectives:
         raise ValueError("a table needs at least one objective")
@@ -88,13 +103,20 @@ def table(
     reference = _reference(points, baseline, objectives[0])
     split = _difference_split(points, reference, objectives[0])
     tests = _measured_on_test(rows, objectives)
+    told = _telling_costs(rows, prices)
     lines = []
     for point in points.values():
         line = _line(point, settings, objectives, tests)
         if reference:
             line |= _difference(point, reference, objectives[0], split)
-        lines.append(line | _ending(point))
+        lines.append(
+            line
+            | _ending(point)
+            | {name: held for name, held in _held(point, prices).items() if name in told}
+        )
     frame = pd.DataFrame(lines)
+    if reference and lines:
+        frame["adjusted p"] = holm(frame["p"].tolist())
     if lines:
         frame = _sorted(frame, objectives[0])
     frame.attrs = {
@@ -102,6 +124,7 @@ def table(
         "baseline": baseline,
         "split": split,
         "settings": settings,
+        "currency": prices.currency if prices else "",
     }
     return frame
 
@@ -117,7 +140,10 @@ def best(frame: pd.DataFrame) -> pd.Series | None:
 def cost(rows: Sequence[TrialRow]) -> Cost:
     """Time of all trials, including failed and stopped ones."""
     return Cost(
-        alone_seconds=sum(row.seconds for row in rows), shared_seconds=sum(row.shared_seconds for row in rows)
+        alone_seconds=sum(row.seconds for row in rows),
+        shared_seconds=sum(row.shared_seconds for row in rows),
+        alone=sum((row.held for row in rows), NO_TIME),
+        shared=sum((row.shared_held for row in rows), NO_TIME),
     )
 
 
@@ -159,13 +185,16 @@ def _difference(
 ) -> dict[str, float]:
     name = objective.name if split == "validation" else on_test(objective.name)
     if point[0].point in {row.point for row in reference}:
-        return {f"difference ({split})": math.nan, "low": math.nan, "high": math.nan, "pairs": 0}
-    result = paired_difference(_by_seed(point, name), _by_seed(reference, name))
+        result = PairedDifference(mean=math.nan, low=math.nan, high=math.nan, num_pairs=0)
+    else:
+        result = paired_difference(_by_seed(point, name), _by_seed(reference, name))
     return {
         f"difference ({split})": result.mean,
         "low": result.low,
         "high": result.high,
         "pairs": result.num_pairs,
+        "pair std": result.std,
+        "p": result.p_value,
     }
 
 
@@ -212,6 +241,27 @@ def _ending(point: Sequence[TrialRow]) -> dict[str, Any]:
             text if count == 1 else f"{text} ({count} seeds)" for text, count in reasons.items()
         ),
     }
+
+
+def _telling_costs(rows: Sequence[TrialRow], prices: PriceSettings | None) -> set[str]:
+    """Cost columns that say more than ``seconds`` does."""
+    names = {"money"} if prices is not None else set()
+    if any(row.held.gpu_seconds for row in rows):
+        names.add("gpu_hours")
+    if any(row.held != NO_TIME and not math.isclose(row.held.cpu_seconds, row.seconds) for row in rows):
+        names.add("cpu_hours")
+    return names | {f"shared_{name}" for name in names}
+
+
+def _held(point: Sequence[TrialRow], prices: PriceSettings | None) -> dict[str, float]:
+    """Means per trial."""
+    ran = [row for row in point if row.seconds > 0]
+    if not ran:
+        empty = NO_TIME.numbers(prices) | NO_TIME.numbers(prices, "shared_")
+        return dict.fromkeys(empty, math.nan)
+    held = sum((row.held for row in ran), NO_TIME) / len(ran)
+    shared = sum((row.shared_held for row in ran), NO_TIME) / len(ran)
+    return held.numbers(prices) | shared.numbers(prices, "shared_")
 
 
 def _status(point: Sequence[TrialRow]) -> str:

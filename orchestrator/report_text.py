@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from orchestrator.report_cells import MISSING, Column, columns, duration, setting, short_names, signed
-from orchestrator.report_table import TrialRow, best, cost, table
+from orchestrator.cost import NOTHING_SPENT, PriceSettings, Spent
+from orchestrator.report_cells import MISSING, Column, columns, setting, short_names, signed
+from orchestrator.report_cost import cost_lines
+from orchestrator.report_table import TrialRow, best, table
 from orchestrator.spec import Objective
-from orchestrator.statistics import PairedDifference, verdict
+from orchestrator.statistics import PairedDifference, more_seeds, verdict
 
 __all__ = ["Report", "to_markdown", "to_text"]
 
@@ -41,6 +43,10 @@ class Report:
     """Pictures to show, linked relative to ``folder``."""
     folder: Path | None = None
     """Where ``report.md`` will lie."""
+    prices: PriceSettings | None = None
+    """Cost is shown as money too, where they are known."""
+    spent: Spent = NOTHING_SPENT
+    """What all runs of the sweep have held."""
 
 
 def to_text(frame: pd.DataFrame, width: int = 120) -> str:
@@ -77,7 +83,7 @@ def _fitting(frame: pd.DataFrame, width: int) -> list[Column]:
 
 def to_markdown(report: Report) -> str:
     """A complete report: what was run, which split is which, table, verdicts, cost, failures, how to look further."""
-    frame = table(report.rows, report.objectives, baseline=report.baseline)
+    frame = table(report.rows, report.objectives, baseline=report.baseline, prices=report.prices)
     sections = [
         f"# {report.name}",
         report.description,
@@ -85,7 +91,7 @@ def to_markdown(report: Report) -> str:
         _markdown_table(frame),
         _reading(report, frame),
         _section("Verdict", _verdicts(report, frame)),
-        _section("Cost", _cost(report)),
+        _section("Cost", cost_lines(report.rows, report.prices, report.spent)),
         _section("Not finished", _unfinished(report)),
         _section("Pictures", _pictures(report)),
         _section("Again, and further", _commands(report)),
@@ -161,7 +167,24 @@ def _reading(report: Report, frame: pd.DataFrame) -> str:
         lines.append(
             f"Δ is the difference to **{report.baseline}** on {frame.attrs['split']}, paired by seed, with its 95 % t interval."
         )
+    gains = [
+        row.metrics[best] - row.metrics[name]
+        for name in (objective.name for objective in report.objectives[:1])
+        for row in report.rows
+        if row.status == "done" and (best := _of_best_epoch(name)) in row.metrics and name in row.metrics
+    ]
+    if any(gains):
+        lines.append(
+            f"Numbers are those of the kept epoch (the last, unless `keep: best`). Each trial's best epoch reads "
+            f"{signed(sum(gains) / len(gains), report.objectives[0].name)} on validation in the mean: that is choosing by luck, so it is not in the table."
+        )
     return " ".join(lines)
+
+
+def _of_best_epoch(name: str) -> str:
+    """``student.top1`` -> ``student.best_top1``."""
+    stage, dot, metric = name.rpartition(".")
+    return f"{stage}{dot}best_{metric}"
 
 
 def _verdicts(report: Report, frame: pd.DataFrame) -> list[str]:
@@ -177,7 +200,8 @@ def _verdicts(report: Report, frame: pd.DataFrame) -> list[str]:
         sentences.append(_verdict(point, frame, report))
     if len(compared) > 1:
         sentences.append(
-            f"{len(compared)} points were compared with the baseline: about one 95 % interval in twenty misses 0 by chance alone."
+            f"{len(compared)} points were compared with the baseline: about one 95 % interval in twenty misses 0 by chance "
+            "alone, so the words above are corrected for their number (Holm)."
         )
     return sentences
 
@@ -190,7 +214,9 @@ def _verdict(point: pd.Series, frame: pd.DataFrame, report: Report) -> str:
         low=point["low"],
         high=point["high"],
         num_pairs=int(point["pairs"]),
+        std=point["pair std"],
     )
+    word = verdict(difference, maximize=objective.maximize, adjusted_p=point["adjusted p"])
     pairs = "one seed" if difference.num_pairs == 1 else f"{difference.num_pairs} paired seeds"
     interval = (
         f" (95 % interval {signed(difference.low, objective.name)} to {signed(difference.high, objective.name)})"
@@ -199,26 +225,25 @@ def _verdict(point: pd.Series, frame: pd.DataFrame, report: Report) -> str:
     )
     return (
         f"{_point(point, frame)} against {report.baseline}, {split}: {signed(difference.mean, objective.name)}{interval}, "
-        f"{pairs}: **{verdict(difference, maximize=objective.maximize)}**."
+        f"{pairs}: **{word}**{_what_would_settle_it(difference, word, point['adjusted p'])}."
     )
+
+
+def _what_would_settle_it(difference: PairedDifference, word: str, adjusted_p: float) -> str:
+    if word != "not distinguishable":
+        return ""
+    needed = more_seeds(difference)
+    if needed is None:
+        return "; more seeds will hardly tell them apart"
+    if needed == 0:
+        return f" among so many comparisons (p {adjusted_p:.2g} after correction)"
+    return f"; about {_plural(needed, 'more seed')} would tell, if difference and spread stay as they are"
 
 
 def _point(point: pd.Series, frame: pd.DataFrame) -> str:
     values = {short: setting(point[name]) for name, short in short_names(frame.attrs["settings"]).items()}
     named = [f"{name} {value}" for name, value in values.items() if value != MISSING]
     return f"{point['label']} ({', '.join(named)})" if named else str(point["label"])
-
-
-def _cost(report: Report) -> list[str]:
-    total = cost(report.rows)
-    if total.alone_seconds <= 0:
-        return []
-    share = total.shared_seconds / total.alone_seconds
-    return [
-        f"Training every trial on its own would have taken {duration(total.alone_seconds)}; "
-        f"with shared stages it took {duration(total.paid_seconds)}: {duration(total.shared_seconds)} ({100 * share:.0f} %) saved. "
-        "These are training times summed over all trials, not the time on the clock."
-    ]
 
 
 def _unfinished(report: Report) -> list[str]:

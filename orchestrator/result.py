@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load as load_tensors
 
-from methods.base import Task
 from orchestrator import report
-from orchestrator.bundle import BundleSettings, write_bundle
+from orchestrator.bundle import bundle_settings, write_bundle
+from orchestrator.cost import NOTHING_SPENT, Spent
 from orchestrator.errors import StorageError
 from orchestrator.plan import Point, Trial
 from orchestrator.report import Report, TrialRow
@@ -41,10 +41,16 @@ class Result:
     tracking_command: str = ""
     """Opens the MLflow UI on this sweep."""
     interrupted: bool = False
+    budget_reached: str = ""
+    """Which limits of the budget ended the run before its time, and by how much they were passed; else empty."""
+    spent: Spent = NOTHING_SPENT
+    """What all runs of this sweep have held, lost work included."""
 
     def table(self) -> pd.DataFrame:
         """One row per point, the best validation mean first. See ``orchestrator.report.table`` for the columns."""
-        return report.table(self.rows, self.spec.search.objectives, baseline=self.baseline)
+        return report.table(
+            self.rows, self.spec.search.objectives, baseline=self.baseline, prices=self.spec.run.prices
+        )
 
     @property
     def baseline(self) -> str | None:
@@ -69,6 +75,11 @@ class Result:
         return self.trials[done[0].key] if done else None
 
     @property
+    def is_partial(self) -> bool:
+        """Whether the run was stopped before everything had ended. The same command goes on."""
+        return self.interrupted or bool(self.budget_reached)
+
+    @property
     def num_failed(self) -> int:
         return sum(row.status == "failed" for row in self.rows) + len(self.broken)
 
@@ -80,6 +91,8 @@ class Result:
             "trials_failed": float(self.num_failed),
             "training_seconds": cost.paid_seconds,
             "saved_by_sharing_seconds": cost.shared_seconds,
+            **self.spent.total.numbers(self.spec.run.prices, "spent_"),
+            **cost.shared.numbers(self.spec.run.prices, "saved_by_sharing_"),
         }
         best = self.best
         if best is not None:
@@ -102,7 +115,7 @@ class Result:
         )
 
     def write(self) -> Path:
-        """Write ``table.csv``, ``report.md`` and the pictures below the sweep's folder; returns the report."""
+        """Write ``table.csv``, ``costs.csv``, ``report.md`` and the pictures below the sweep's folder; returns the report."""
         try:
             return self._write(self.folder / "report")
         except OSError as error:
@@ -113,6 +126,7 @@ class Result:
     def _write(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         self.table().to_csv(folder / "table.csv", index=False)
+        report.cost_table(self.rows, self.spec.run.prices).to_csv(folder / "costs.csv", index=False)
         plots = self.plot() if any(row.history for row in self.rows) else []
         path = folder / "report.md"
         path.write_text(report.to_markdown(self._report(folder, plots)), encoding="utf-8")
@@ -120,15 +134,7 @@ class Result:
 
     def write_best(self, trial: Trial) -> Path:
         """Write the student of ``trial`` as a bundle: ``model.json`` and ``weights.safetensors``."""
-        manifest: dict[str, Any] = self.store.manifest(trial.key)
-        settings = BundleSettings(
-            model=manifest["model"]["name"],
-            task=Task(**manifest["task"]),
-            mean=tuple(manifest["normalisation"]["mean"]),
-            std=tuple(manifest["normalisation"]["std"]),
-            class_names=tuple(manifest["class_names"]),
-            key=trial.key,
-        )
+        settings = bundle_settings(trial.key, self.store.manifest(trial.key))
         weights = load_tensors(self.store.read(trial.key, "weights.safetensors"))
         return write_bundle(self.folder / "best", settings, weights)
 
@@ -142,4 +148,6 @@ class Result:
             tracking_command=self.tracking_command,
             plots=[path for path in plots if path.suffix == ".png"],
             folder=folder,
+            prices=self.spec.run.prices,
+            spent=self.spent,
         )

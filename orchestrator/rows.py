@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from orchestrator.cost import NO_TIME, MachineTime
 from orchestrator.dispatch import Outcome
 from orchestrator.errors import StorageError
 from orchestrator.plan import PlannedStage, Trial
@@ -36,14 +37,9 @@ def _row(
     store: Store,
 ) -> TrialRow:
     metrics: dict[str, float] = {}
-    seconds = shared_seconds = 0.0
     for stage in trial.stages:
-        found = manifest(stage.key)
-        metrics |= {f"{stage.name}.{name}": value for name, value in found.get("metrics", {}).items()}
-        cost = float(found.get("cost", {}).get("seconds", 0.0))
-        seconds += cost
-        shared_seconds += cost if stage.key in paid else 0.0
-        paid.add(stage.key)
+        found = manifest(stage.key).get("metrics", {})
+        metrics |= {f"{stage.name}.{name}": value for name, value in found.items()}
     stopped = _stopped_rows(trial, outcome, store)
     if stopped:
         metrics |= {f"{trial.final.name}.{name}": value for name, value in stopped[-1].items()}
@@ -57,12 +53,27 @@ def _row(
         reason=outcome.reason if outcome else "",
         metrics=metrics,
         num_parameters=int(final.get("metrics", {}).get("num_parameters", 0)),
-        seconds=seconds,
         epochs=int(final.get("epochs", stopped[-1]["epoch"] if stopped else 0)),
-        shared_seconds=shared_seconds,
+        **_cost(trial, manifest, paid),
         history=json.loads(store.read(trial.key, "history.json")) if final else stopped,
         key=trial.key,
     )
+
+
+def _cost(trial: Trial, manifest: Callable[[str], dict[str, Any]], paid: set[str]) -> dict[str, Any]:
+    """Training time of the whole chain, and the part of it that is ``paid`` already. Pays for the rest."""
+    seconds = shared_seconds = 0.0
+    held = shared_held = NO_TIME
+    for stage in trial.stages:
+        found = manifest(stage.key)
+        stage_seconds = float(found.get("cost", {}).get("seconds", 0.0))
+        seconds += stage_seconds
+        held += MachineTime.of_artifact(found)
+        if stage.key in paid:
+            shared_seconds += stage_seconds
+            shared_held += MachineTime.of_artifact(found)
+        paid.add(stage.key)
+    return {"seconds": seconds, "shared_seconds": shared_seconds, "held": held, "shared_held": shared_held}
 
 
 def stopped_path(key: str) -> str:

@@ -6,7 +6,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
@@ -18,9 +19,29 @@ from orchestrator.optimisation import TrainSettings, Updater, WeightAverage
 from orchestrator.training import Clock, Row
 from orchestrator.workers import Workers
 
-__all__ = ["RunState"]
+__all__ = ["Held", "RunState"]
 
 SAVED_AS_THEY_ARE = ("epoch", "position", "names", "history", "best", "learning_rate")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Time that a training took, over all of its attempts up to their last checkpoint."""
+
+    seconds: float = 0.0
+    """By the clock."""
+    worker_seconds: float = 0.0
+    """By the clock, times the workers that each attempt had."""
+    cpu_seconds: float = 0.0
+    """CPU time used by all workers' processes."""
+
+    @classmethod
+    def from_tuple(cls, values: Sequence[float]) -> Held:
+        """From a checkpoint; those of older versions hold no worker time, and their CPU time comes second."""
+        if len(values) == len(fields(cls)):
+            return cls(*values)
+        seconds, cpu_seconds = values
+        return cls(seconds, seconds, cpu_seconds)
 
 
 class RunState:
@@ -40,17 +61,18 @@ class RunState:
         self.best: dict[str, Any] | None = None
         self.learning_rate = settings.learning_rate
         self._started = clock(), time.process_time()
-        self._earlier = 0.0, 0.0
+        self._earlier = Held()
 
-    @property
-    def seconds(self) -> float:
-        """Wall time up to now, that of earlier attempts included."""
-        return self._earlier[0] + self.clock() - self._started[0]
-
-    @property
-    def cpu_seconds(self) -> float:
-        """CPU time of this process up to now, that of earlier attempts included."""
-        return self._earlier[1] + time.process_time() - self._started[1]
+    def held(self) -> Held:
+        """Time up to now, that of earlier attempts included. Every worker takes part: CPU times are added up."""
+        used = torch.tensor(time.process_time() - self._started[1], dtype=torch.float64)
+        now = self.clock() - self._started[0]
+        return Held(
+            seconds=self._earlier.seconds + now,
+            worker_seconds=self._earlier.worker_seconds + now * self.workers.size,
+            cpu_seconds=self._earlier.cpu_seconds
+            + float(self.workers.all_reduce_sum({"used": used})["used"]),
+        )
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -108,7 +130,7 @@ class RunState:
             "random_cuda": gather(torch.cuda.get_rng_state(self.device)) if is_cuda else None,
             "sums": None if self.sums is None else gather(self.sums),
             "num_rows": gather(torch.tensor(self.num_rows)),
-            "seconds": (self.seconds, self.cpu_seconds),
+            "seconds": astuple(self.held()),
             **{name: getattr(self, name) for name in SAVED_AS_THEY_ARE},
         }
 
@@ -124,7 +146,7 @@ class RunState:
         for name in SAVED_AS_THEY_ARE:
             setattr(self, name, tree[name])
         self.history = list(self.history)
-        self.resumed_epochs, self._earlier = self.epoch, tuple(tree["seconds"])
+        self.resumed_epochs, self._earlier = self.epoch, Held.from_tuple(tree["seconds"])
         self.sums = None if tree["sums"] is None else self._own_share(tree["sums"]).to(self.device)
         self.num_rows = int(self._own_share(tree["num_rows"]))
         if len(tree["random"]) == self.workers.size:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from methods.catalog import Catalog
-from methods.data.base import Augment, DataSource
+from orchestrator.budget import BudgetSettings
 from orchestrator.chain import Chain, StageSpec, resolve_chain, with_baseline
+from orchestrator.cost import PriceSettings
+from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError
 from orchestrator.placement import Placement, StageWorkers, WorkerSettings
 from orchestrator.settings import Problems
@@ -17,7 +19,6 @@ from orchestrator.space import Domain
 
 __all__ = [
     "ConfirmSettings",
-    "DataSettings",
     "ExperimentSpec",
     "Objective",
     "RunSettings",
@@ -41,30 +42,6 @@ class Objective:
     @property
     def metric(self) -> str:
         return self.name.partition(".")[2]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataSettings:
-    """The data section: which data set, what is held out, how training images are augmented."""
-
-    source: DataSource
-    """The data set with its own settings."""
-    dataset: str
-    """A name from the data set table."""
-    validation: float = 0.1
-    """Fraction of the training data held out, stratified by class. Every choice reads this split."""
-    split_seed: int = 0
-    """Which validation split is drawn."""
-    augment: Augment | None = None
-    """Augmentation of training images; the data set's own by default."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.validation < 1.0:
-            raise ValueError(f"validation must be a fraction in [0, 1), got {self.validation}")
-
-    @property
-    def active_augment(self) -> Augment:
-        return self.source.default_augment if self.augment is None else self.augment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +147,10 @@ class RunSettings:
     """At most this much training is lost when a stage is killed."""
     lease_seconds: float = 30.0
     """A stage whose holder gave no sign of life for this long is taken over."""
+    prices: PriceSettings | None = None
+    """What machine time costs; plans and reports then speak of money."""
+    budget: BudgetSettings | None = None
+    """Limits at which the sweep stops cleanly, to be resumed with larger ones."""
 
     def __post_init__(self) -> None:
         self._check_workers()
@@ -182,6 +163,8 @@ class RunSettings:
             raise ValueError(f"lease_seconds must be finite and at least 1, got {self.lease_seconds}")
         if not self.storage:
             raise ValueError("storage must name a folder or URL, got ''")
+        if self.budget is not None and self.budget.money is not None and self.prices is None:
+            raise ValueError(f"budget.money is {self.budget.money:g}, but run.prices is missing: set both")
 
     def for_stage(self, name: str) -> WorkerSettings:
         """The workers of one stage: those of ``run`` with what ``run.stages`` says of it laid over."""
@@ -233,7 +216,7 @@ class ExperimentSpec:
         """The typed stages of a point (of the baseline ``label``, or of the experiment itself)."""
         problems = Problems()
         stages = self.stages if label is None else with_baseline(self.stages, self.baselines[label])
-        chain = resolve_chain(stages, values, self.target, self.catalog, problems)
+        chain = resolve_chain(stages, values, self.target, self.catalog, problems, self.data)
         if problems:
             raise ConfigurationError(*problems)
         return {name: _scaled(stage, self.run.batch_scale(name)) for name, stage in chain.items()}

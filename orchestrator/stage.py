@@ -23,13 +23,18 @@ from methods.data.base import ImageData
 from methods.data.randomness import derive_seed
 from methods.data.split import stratified_split
 from methods.data.stream import Stream
+from methods.data.thin import thin
+from orchestrator.cost import stage_resources
+from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError, DamagedArtifactError, OutOfMemoryError
 from orchestrator.fence import OPEN, Fence, FencedSlot
 from orchestrator.loop import Row, Training, evaluate, train
+from orchestrator.optimisation import TrainSettings
 from orchestrator.plan import PlannedStage
 from orchestrator.settings import Problems, parse, to_plain
-from orchestrator.spec import DataSettings, RunSettings
+from orchestrator.spec import RunSettings
 from orchestrator.store import Store
+from orchestrator.training import untrained
 from orchestrator.workers import SOLO, Workers
 
 __all__ = ["StageRunner", "load_source"]
@@ -67,9 +72,8 @@ class StageRunner:
 
     store: Store
     catalog: Catalog
-    data: DataSettings
     run: RunSettings
-    load_data: Callable[[], ImageData]
+    load_data: Callable[[DataSettings], ImageData]
     workers: Workers = SOLO
     fence: Fence = OPEN
     """Refuses what this process would write when another has taken over its stage."""
@@ -82,49 +86,66 @@ class StageRunner:
         wanted = self.run.for_stage(stage.name)
         torch.set_num_threads(wanted.cpus_per_worker)
         device = pick_device(wanted.gpus_per_worker)
-        data = self.load_data()
+        data = self.load_data(stage.data)
         task = data.task()
         with out_of_memory_named(stage, device):
             method = self._build(stage, task, device)
             streams = self._streams(stage, data, device)
-            training = train(
-                method,
-                settings=stage.spec.train,
-                training=streams["training"],
-                validation=streams["validation"] if self.data.validation > 0 else None,
-                seed=derive_seed(stage.seed, "train", stage.spec.method),
-                device=device,
-                workers=self.workers,
-                checkpoints=FencedSlot(self.store.checkpoints(stage.key), self.fence),
-                observe=report,
-                checkpoint_seconds=self.run.checkpoint_seconds,
-            )
+            training = self._train(stage, method, streams, device, report)
             method.artifact().load_state_dict(training.weights)
             test = evaluate(method, streams["test"], device=device, workers=self.workers)
         if self.workers.rank == 0:
             self._put(stage, task, data, method, training, test, device)
 
+    def _train(
+        self, stage: PlannedStage, method: Method, streams: Mapping[str, Stream], device: torch.device,
+        report: Callable[[Row], bool | None],
+    ) -> Training:  # fmt: skip
+        validation = streams["validation"] if stage.data.validation > 0 else None
+        if not method.trains:
+            metrics = evaluate(method, validation, device=device, workers=self.workers) if validation else {}
+            return untrained(method, metrics)
+        labels = torch.from_numpy(streams["training"].known_labels())
+        method.prepare(labels, num_epochs=stage.spec.train.epochs)
+        return train(
+            method,
+            settings=stage.spec.train,
+            training=streams["training"],
+            validation=validation,
+            seed=derive_seed(stage.seed, "train", stage.spec.method),
+            device=device,
+            workers=self.workers,
+            checkpoints=FencedSlot(self.store.checkpoints(stage.key), self.fence),
+            observe=report,
+            checkpoint_seconds=self.run.checkpoint_seconds,
+        )
+
     def _build(self, stage: PlannedStage, task: Task, device: torch.device) -> Method:
         spec = stage.spec
+        method_class = self.catalog.method(spec.method)
         inputs = {
             role: load_source(self.store, key, self.catalog).teacher().to(device)
             for role, key in stage.inputs.items()
         }
         for role, teacher in inputs.items():
-            if teacher.num_classes != task.num_classes:
+            if method_class.same_classes and teacher.num_classes != task.num_classes:
                 raise ConfigurationError(
                     f"stages.{stage.name}.{role}: teacher {teacher.key[:8]} has {teacher.num_classes} classes, the data set {task.num_classes}"
                 )
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(stage.seed, "initialise", spec.method))
             model = self.catalog.build_model(spec.model, task) if spec.model else None
-            method = self.catalog.method(spec.method)(spec.settings, task=task, model=model, inputs=inputs)
+            method = method_class(spec.settings, task=task, model=model, inputs=inputs)
         for network in (method, *(teacher.network for teacher in inputs.values())):
             network.to(memory_format=torch.channels_last)  # convolutions run about 1.5 x faster, on CPU too
         return method.to(device)
 
     def _streams(self, stage: PlannedStage, data: ImageData, device: torch.device) -> dict[str, Stream]:
-        kept, held_out = stratified_split(data.train.labels, self.data.validation, self.data.split_seed)
+        settings, labels = stage.data, data.train.labels
+        kept, held_out = stratified_split(labels, settings.validation, settings.split_seed)
+        kept = thin(
+            labels, kept, fraction=settings.fraction, imbalance=settings.imbalance, seed=settings.split_seed
+        )
         common: dict[str, Any] = {
             "mean": data.mean, "std": data.std, "device": device,
             "rank": self.workers.rank, "num_workers": self.workers.size,
@@ -133,8 +154,8 @@ class StageRunner:
         return {
             "training": Stream(
                 data.train, indices=kept, batch_size=stage.spec.train.batch_size,
-                seed=derive_seed(stage.seed, "data", stage.spec.method), augment=self.data.active_augment,
-                shuffle=True, **common,
+                seed=derive_seed(stage.seed, "data", stage.spec.method), augment=settings.active_augment,
+                shuffle=True, strong=self.catalog.method(stage.spec.method).needs_strong, **common,
             ),
             "validation": Stream(data.train, indices=held_out, **fixed),
             "test": Stream(data.test, indices=np.arange(len(data.test)), **fixed),
@@ -145,6 +166,7 @@ class StageRunner:
         test: Mapping[str, float], device: torch.device,
     ) -> None:  # fmt: skip
         metrics = {**training.metrics, **{f"test_{name}": value for name, value in test.items()}}
+        metrics |= best_epoch(training.history, stage.spec.train, method.evaluation_metrics[0])
         num_parameters = sum(parameter.numel() for parameter in method.artifact().parameters())
         manifest = {
             **self._identity(stage),
@@ -180,7 +202,7 @@ class StageRunner:
             "settings": to_plain(stage.spec.settings),
             "model": to_plain(stage.spec.model),
             "train": to_plain(stage.spec.train),
-            "dataset": self.data.dataset,
+            "dataset": stage.data.dataset,
             "seed": stage.seed,
             "inputs": dict(stage.inputs),
             "signature": stage.signature,
@@ -188,14 +210,27 @@ class StageRunner:
         }
 
     def _cost(self, stage: PlannedStage, training: Training) -> dict[str, float]:
-        gpus = self.run.for_stage(stage.name).gpus_per_worker * self.workers.size
+        """``cpu_seconds`` were used by the processes; ``held_cpu_seconds`` and ``gpu_seconds`` were reserved."""
+        held = stage_resources(self.run, stage.name)
         return {
             "seconds": training.seconds,
             "cpu_seconds": training.cpu_seconds,
-            "gpu_seconds": training.seconds * gpus,
+            "held_cpu_seconds": training.worker_seconds * held.cpus_per_worker,
+            "gpu_seconds": training.worker_seconds * held.gpus_per_worker,
             "peak_memory_bytes": training.peak_memory_bytes,
             "resumed_epochs": training.resumed_epochs,
         }
+
+
+def best_epoch(history: list[Row], train: TrainSettings, first_metric: str) -> dict[str, float]:
+    """``best_METRIC`` on validation and ``best_epoch``: what other tables report, kept beside the last epoch's."""
+    name = train.objective or first_metric
+    evaluated = [row for row in history if name in row]
+    if not evaluated:
+        return {}
+    sign = 1 if train.objective_mode == "max" else -1
+    best = max(evaluated, key=lambda row: sign * row[name])
+    return {f"best_{name}": best[name], "best_epoch": best["epoch"]}
 
 
 def pick_device(gpus_per_worker: float) -> torch.device:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import subprocess
-import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from methods.data.base import ImageData
+from orchestrator.account import Account, read_spent
+from orchestrator.cost import Spent
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.ending import Endings
 from orchestrator.errors import ConfigurationError, StorageError
-from orchestrator.facts import gather_facts
+from orchestrator.facts import data_sections, gather_facts
 from orchestrator.journal import EndStatus, Journal
 from orchestrator.keys import Facts
 from orchestrator.monitor import Monitor
@@ -24,17 +26,28 @@ from orchestrator.result import Result
 from orchestrator.rows import CostHistory, trial_rows
 from orchestrator.search import known_points, make_sampler
 from orchestrator.spec import ExperimentSpec
+from orchestrator.spending import Spending
 from orchestrator.stage import StageRunner
+from orchestrator.stopping import Stopper
 from orchestrator.store import Store
 from orchestrator.sweep_log import SweepLog
 from orchestrator.tracking import Mirror, ui_command
-from orchestrator.trial import TrialRunner, stop_path
+from orchestrator.trial import TrialRunner
 
 __all__ = ["Sweep"]
 
 DRAIN_SECONDS = 60.0
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one run of a sweep leaves: how far it came, what it held, who stopped it."""
+
+    dispatcher: Dispatcher
+    spending: Spending
+    stopper: Stopper
 
 
 @dataclass
@@ -72,7 +85,7 @@ class Sweep:
         """What would run. Reads the data's fingerprint and the store; starts nothing."""
         points = known_points(self.spec.search)
         baselines = [Point(label=label) for label in self.spec.baselines]
-        return make_plan(
+        plan = make_plan(
             self.planner,
             baselines + [Point(values) for values in points or []],
             has=self.store.has,
@@ -80,23 +93,23 @@ class Sweep:
             num_undrawn=0 if points is not None else self.spec.search.num_samples,
             slots=slots,
         )
+        return replace(plan, spent=read_spent(self.store, self.spec.name).total)
 
     def result(self) -> Result:
         """What the store knows of this sweep, without running anything."""
         endings = Endings(self.store, self.spec.search)
         dispatcher = self._dispatcher(endings.look_up)
         dispatcher.next()
-        return self._result(dispatcher)
+        return self._result(dispatcher, read_spent(self.store, self.spec.name))
 
     def run(self, quiet: bool = False) -> Result:
         """Run what is missing, then report. The same call resumes an interrupted sweep and extends a finished one."""
         self.store.check_writable()
         self.plan()  # finds every mistake in every point before anything starts
         endings = Endings(self.store, self.spec.search)
-        self._make_folder()
         mirror = Mirror(self.folder / "journal.jsonl", self.tracking_uri, self.spec.name)
         trouble = mirror.check()
-        journal = Journal(self.folder / "journal.jsonl")
+        journal = self._open_journal()
         mirror.start()
         run_id = uuid.uuid4().hex[:12]
         with make_display(quiet) as display:
@@ -105,44 +118,51 @@ class Sweep:
                     f"warning: {trouble} The sweep goes on; its journal is sent when the server is back."
                 )
             log = SweepLog(journal, self.spec, self.store, code_version())
-            log.sweep_started(self.document_text, self.facts.data)
+            log.sweep_started(self.document_text, self.facts.data[self.spec.data.source_id])
             try:
-                dispatcher, interrupted = self._drive(endings, log, display, run_id)
+                run = self._drive(endings, log, display, run_id)
             except BaseException:
                 log.sweep_ended("KILLED", report=None, best_trial=None, bundle=None, numbers={})
                 mirror.close(DRAIN_SECONDS / 6)
                 raise
-            result = self._result(dispatcher, interrupted=interrupted)
-            result.write()
-            self._log_end(result, log)
+            result = self._result_of(run)
+            self._log_end(result, log, display)
             self._close(mirror, journal, display)
         return result
 
-    def _make_folder(self) -> None:
+    def _open_journal(self) -> Journal:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            return Journal(self.folder / "journal.jsonl")
         except OSError as error:
             raise StorageError(
-                f"{self.folder}: the folder for journal and reports cannot be made: {error.strerror}"
+                f"{self.folder}: the folder for journal and reports cannot be made or written: {error.strerror}; "
+                "free space there, or set run.storage to another place"
             ) from error
 
-    def _drive(
-        self, endings: Endings, log: SweepLog, display: Display, run_id: str
-    ) -> tuple[Dispatcher, bool]:
+    def _drive(self, endings: Endings, log: SweepLog, display: Display, run_id: str) -> _Run:
         dispatcher = self._dispatcher(endings.recall)
         recalled = [(dispatcher.trials[key], outcome) for key, outcome in dispatcher.outcomes.items()]
         costs = CostHistory(self.store)
+        spending = Spending(Account(self.store, self.spec.name, run_id), self.spec.run)
+        run = _Run(dispatcher, spending, Stopper(dispatcher, self.store, display, run_id))
+        if not dispatcher.finished and (limits := spending.exceeded()):
+            run.stopper.budget_reached(limits)
         slots = 1 if dispatcher.finished else self._slots()
         monitor = Monitor(
             dispatcher, self.store, log, display, name=self.spec.name, objective=self.spec.search.objectives[0],
-            endings=endings, costs=costs, slots=slots,
+            endings=endings, costs=costs, slots=slots, spending=spending, stopper=run.stopper,
         )  # fmt: skip
         for trial, outcome in recalled:
             if not log.knows(trial):
                 monitor.log_trial(trial, outcome)
-        if dispatcher.finished:
-            return dispatcher, False
-        return dispatcher, self._run_on_ray(dispatcher, monitor, display, run_id, slots)
+        try:
+            if not dispatcher.finished:
+                self._run_on_ray(run, monitor, run_id, slots)
+        finally:
+            spending.write(now=True)
+            run.stopper.clear()
+        return run
 
     def _slots(self) -> int:
         from orchestrator.ray_tune import connect, trial_slots
@@ -150,35 +170,21 @@ class Sweep:
         connect()
         return trial_slots(self.spec)
 
-    def _run_on_ray(
-        self, dispatcher: Dispatcher, monitor: Monitor, display: Display, run_id: str, slots: int
-    ) -> bool:
+    def _run_on_ray(self, run: _Run, monitor: Monitor, run_id: str, slots: int) -> None:
         from orchestrator.ray_train import StageExecute
         from orchestrator.ray_tune import SharedData, drive
 
-        try:
-            data = self.spec.data.source.load()
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"data: {error}") from error
-        stages = StageRunner(self.store, self.spec.catalog, self.spec.data, self.spec.run, SharedData(data))
-        del data
+        stages = StageRunner(self.store, self.spec.catalog, self.spec.run, SharedData(self._load_data()))
         runner = TrialRunner(self.store, StageExecute(stages), self.spec.search.objectives, run_id)
-        interrupted = False
+        drive(self.planner, runner, run.dispatcher, monitor, slots=slots, interrupt=run.stopper.interrupt)
 
-        def interrupt() -> None:
-            nonlocal interrupted
-            interrupted = True
-            dispatcher.cancel_waiting()
-            self.store.write_json(stop_path(run_id), {"at": time.time()})
-            display.event(
-                "interrupted: running stages stop after their epoch and keep a checkpoint; Ctrl-C again stops now"
-            )
-
-        try:
-            drive(self.planner, runner, dispatcher, monitor, slots=slots, interrupt=interrupt)
-        finally:
-            self.store.delete_json(stop_path(run_id))
-        return interrupted
+    def _load_data(self) -> Iterator[tuple[str, ImageData]]:
+        """Every data set that a stage may ask for, one after the other."""
+        for name, section in data_sections(self.spec).items():
+            try:
+                yield name, section.source.load()
+            except (OSError, ValueError) as error:
+                raise ConfigurationError(f"data {section.dataset}: {error}") from error
 
     def _dispatcher(self, recall: Callable[[Trial], Outcome | None]) -> Dispatcher:
         return Dispatcher(
@@ -189,7 +195,15 @@ class Sweep:
             recall=recall,
         )
 
-    def _result(self, dispatcher: Dispatcher, interrupted: bool = False) -> Result:
+    def _result_of(self, run: _Run) -> Result:
+        stopped = run.stopper.cause == "budget" and not run.dispatcher.complete
+        return replace(
+            self._result(run.dispatcher, run.spending.spent),
+            interrupted=run.stopper.cause == "interrupt",
+            budget_reached=run.spending.overshoot() if stopped else "",
+        )
+
+    def _result(self, dispatcher: Dispatcher, spent: Spent) -> Result:
         return Result(
             spec=self.spec,
             rows=trial_rows(dispatcher.trials.values(), dispatcher.outcomes, self.store),
@@ -199,19 +213,27 @@ class Sweep:
             store=self.store,
             command=self.command,
             tracking_command=ui_command(self.tracking_uri),
-            interrupted=interrupted,
+            spent=spent,
         )
 
-    def _log_end(self, result: Result, log: SweepLog) -> None:
-        status: EndStatus = "KILLED" if result.interrupted else "FAILED" if result.num_failed else "FINISHED"
-        best = result.best_trial
-        bundle = result.write_best(best) if best is not None else None
-        log.sweep_ended(
-            status, report=self.folder / "report", best_trial=best, bundle=bundle, numbers=result.numbers()
-        )
+    def _log_end(self, result: Result, log: SweepLog, display: Display) -> None:
+        """Write and log what the sweep came to. A report that cannot be written costs no result: it is in the store."""
+        status: EndStatus = "KILLED" if result.is_partial else "FAILED" if result.num_failed else "FINISHED"
+        best, report, bundle = result.best_trial, None, None
+        try:
+            report = result.write().parent
+            bundle = result.write_best(best) if best is not None else None
+        except (OSError, StorageError) as error:
+            display.event(f"warning: {error}. `stillhouse results` writes the report again")
+        log.sweep_ended(status, report=report, best_trial=best, bundle=bundle, numbers=result.numbers())
 
     def _close(self, mirror: Mirror, journal: Journal, display: Display) -> None:
-        journal.close()
+        lost = journal.close()
+        if lost:
+            display.event(
+                f"{lost} tracking records could not be written to {journal.path}; "
+                "the same command tells tracking about finished trials again"
+            )
         left = mirror.close(DRAIN_SECONDS)
         if left:
             display.event(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
+from orchestrator.cost import NO_TIME, MachineTime
 from orchestrator.dispatch import Outcome
 from orchestrator.journal import EndStatus, Journal
 from orchestrator.keys import active_settings, active_train
@@ -32,7 +34,7 @@ class SweepLog:
         self._seen_epochs: dict[str, float] = {}
         self.sweep_id = f"sweep:{spec.name}"
 
-    def sweep_started(self, document_text: str, facts: Mapping[str, Any]) -> None:
+    def sweep_started(self, document_text: str, data_fingerprint: str) -> None:
         search = self._spec.search
         self._journal.run(
             self.sweep_id,
@@ -41,7 +43,7 @@ class SweepLog:
             kind="sweep",
             tags={
                 "stillhouse.dataset": self._spec.data.dataset,
-                "stillhouse.data_fingerprint": facts["fingerprint"],
+                "stillhouse.data_fingerprint": data_fingerprint,
                 "stillhouse.code_version": self._code_version,
                 "stillhouse.storage": self._store.url,
                 "mlflow.note.content": f"```yaml\n{document_text}\n```",
@@ -56,6 +58,10 @@ class SweepLog:
              "stillhouse.scheduler": search.scheduler.name, "stillhouse.seeds": search.seeds,
              "stillhouse.validation": self._spec.data.validation},
         )  # fmt: skip
+
+    def sweep_cost(self, numbers: Mapping[str, float]) -> None:
+        """What the sweep has spent and will have spent, as a curve of the sweep's run."""
+        self._journal.metrics(self.sweep_id, [dict(numbers)] if numbers else [])
 
     def knows(self, trial: Trial) -> bool:
         """Whether this trial's run is closed as finished, now or by an earlier run of the sweep."""
@@ -106,7 +112,7 @@ class SweepLog:
                 "stillhouse.stage": stage.name,
                 "stillhouse.shared": str(shared).lower(),
                 "stillhouse.seed": str(stage.seed),
-                "stillhouse.dataset": self._spec.data.dataset,
+                "stillhouse.dataset": stage.data.dataset,
             },
         )
         settings = {"method": stage.spec.method, **active_settings(stage.spec, self._spec.catalog)}
@@ -145,9 +151,12 @@ class SweepLog:
         self._journal.end(stage_id, "FINISHED", manifest["finished"])
 
     def trial_ended(
-        self, trial: Trial, outcome: Outcome, *, shared: Mapping[str, bool], saved_seconds: float
+        self, trial: Trial, outcome: Outcome, *, shared: Mapping[str, bool], paid: AbstractSet[str]
     ) -> None:
-        """Close a trial's run: its curve, its final numbers, links to its stages, what sharing saved."""
+        """Close a trial's run: its curve, its final numbers, links to its stages, what it cost and sharing saved.
+
+        ``paid`` are the keys of its stages that another trial had made before.
+        """
         trial_id = _trial_id(trial)
         for stage in trial.stages:
             if self._store.has(stage.key):
@@ -157,13 +166,13 @@ class SweepLog:
             elif stage is trial.final and self._seen_epochs.get(stage.key):
                 self._journal.end(f"stage:{stage.key}", ENDINGS[outcome.status])
         if outcome.status == "done":
-            self._log_final(trial, saved_seconds)
+            self._log_final(trial, paid)
         self._journal.tags(
             trial_id, {"stillhouse.status": outcome.status, "stillhouse.reason": outcome.reason or "-"}
         )
         self._journal.end(trial_id, ENDINGS[outcome.status])
 
-    def _log_final(self, trial: Trial, saved_seconds: float) -> None:
+    def _log_final(self, trial: Trial, paid: AbstractSet[str]) -> None:
         name = trial.final.name
         manifest = self._store.manifest(trial.key)
         rows = json.loads(self._store.read(trial.key, "history.json"))
@@ -176,11 +185,23 @@ class SweepLog:
             metrics = self._store.manifest(stage.key)["metrics"]
             final |= {f"{stage.name}.final_{key}": value for key, value in metrics.items()}
         final |= {
-            "saved_by_sharing_seconds": saved_seconds,
+            **self._cost(trial, paid),
             "epoch": manifest["epochs"],
             "time": manifest["finished"],
         }
         self._journal.metrics(_trial_id(trial), [*curve, final])
+
+    def _cost(self, trial: Trial, paid: AbstractSet[str]) -> dict[str, float]:
+        """What the trial's chain costs alone, and what of that sharing saved."""
+        manifests = {stage.key: self._store.manifest(stage.key) for stage in trial.stages}
+        held = sum(map(MachineTime.of_artifact, manifests.values()), NO_TIME)
+        saved = sum((MachineTime.of_artifact(manifests[key]) for key in paid), NO_TIME)
+        prices = self._spec.run.prices
+        return {
+            "saved_by_sharing_seconds": sum(float(manifests[key]["cost"]["seconds"]) for key in paid),
+            **held.numbers(prices, "cost_"),
+            **saved.numbers(prices, "saved_by_sharing_"),
+        }
 
     def sweep_ended(
         self, status: EndStatus, *, report: Path | None, best_trial: Trial | None, bundle: Path | None,

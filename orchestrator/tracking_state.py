@@ -53,11 +53,15 @@ class MirrorState:
         path = state_path(journal)
         targets = _read(path) | {_digest(target): dataclasses.asdict(self)}
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with temporary.open("w") as file:
-            json.dump({"targets": targets}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("w") as file:
+                json.dump({"targets": targets}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:  # a full disk, on which nothing of ours should stay behind
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 class SingleSender:

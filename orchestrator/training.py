@@ -8,10 +8,19 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from methods.base import Batch
+from methods.base import Batch, Method
 from orchestrator.errors import StillhouseError
 
-__all__ = ["BatchStream", "CheckpointSlot", "Clock", "Observer", "Row", "StopTraining", "Training"]
+__all__ = [
+    "BatchStream",
+    "CheckpointSlot",
+    "Clock",
+    "Observer",
+    "Row",
+    "StopTraining",
+    "Training",
+    "untrained",
+]
 
 Row = dict[str, float]
 """Numbers of one finished epoch: ``epoch`` (from 1), ``time``, ``learning_rate``, ``train_*`` and validation."""
@@ -63,9 +72,27 @@ class Training:
     """Metrics of the kept epoch."""
     seconds: float
     """Wall time, that of earlier attempts up to their last checkpoint included."""
+    worker_seconds: float
+    """Wall time times the number of workers, counted alike."""
     cpu_seconds: float
-    """CPU time of this worker's process, counted alike."""
+    """CPU time used by all workers' processes, counted alike."""
     peak_memory_bytes: int
     """Peak memory allocated on the GPU, or peak resident size of the whole process on the CPU."""
     resumed_epochs: int
     """Epochs that came from a checkpoint and were not trained now."""
+
+
+def untrained(method: Method, metrics: Mapping[str, float]) -> Training:
+    """What a method that learns nothing leaves: its state as it is, with these metrics."""
+    return Training(
+        history=[],
+        weights={
+            name: tensor.detach().cpu().clone() for name, tensor in method.artifact().state_dict().items()
+        },
+        metrics=dict(metrics),
+        seconds=0.0,
+        cpu_seconds=0.0,
+        worker_seconds=0.0,
+        peak_memory_bytes=0,
+        resumed_epochs=0,
+    )

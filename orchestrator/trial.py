@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.dispatch import Outcome
 from orchestrator.errors import (
@@ -28,6 +28,8 @@ from orchestrator.store import Store
 __all__ = ["TrialRunner", "failure_path", "objective_values", "stop_path"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Execute = Callable[[PlannedStage, Callable[[Row], bool | None]], None]
 """Trains one stage and puts its artifact into the store."""
@@ -79,7 +81,7 @@ class TrialRunner:
 
     def _make(self, stage: PlannedStage, report: Callable[[Row], bool | None] | None) -> None:
         self._refuse_known_failure(stage)
-        lease = self.store.lease(stage.key)
+        lease = self._with_pauses(stage, lambda: self.store.lease(stage.key))
         if lease is None:
             raise _BusyElsewhereError
         with lease:
@@ -111,11 +113,18 @@ class TrialRunner:
                 return True
             return stop_requested()
 
+        def execute() -> None:
+            rows.clear()
+            self.execute(stage, observe)
+
         lease.update({"name": stage.name, "epoch": 0, "epochs": stage.epochs, "rows": rows})
+        self._with_pauses(stage, execute)
+
+    def _with_pauses(self, stage: PlannedStage, action: Callable[[], T]) -> T:
+        """``action``, repeated after pauses while the storage has passing trouble."""
         for pause in (*PAUSES_SECONDS, None):
             try:
-                self.execute(stage, observe)
-                return
+                return action()
             except (DamagedArtifactError, MissingArtifactError):
                 raise
             except StorageError as error:
@@ -124,8 +133,8 @@ class TrialRunner:
                 logger.warning(
                     "stage %s (%s): %s; trying again in %.0f s", stage.name, stage.key[:8], error, pause
                 )
-                rows.clear()
                 time.sleep(pause)
+        raise AssertionError("unreachable: the last attempt either returns or raises")
 
     def _refuse_known_failure(self, stage: PlannedStage) -> None:
         failure = self.store.read_json(failure_path(stage.key))

@@ -20,11 +20,14 @@ MAX_FUNCTION_LINES = 40
 RAY = {"orchestrator/ray_tune.py", "orchestrator/ray_train.py", "orchestrator/group_failures.py", "orchestrator/submit.py"}  # fmt: skip
 MLFLOW = {"orchestrator/tracking.py"}
 OPTUNA = {"orchestrator/search.py"}
-PURE = ("plan", "placement", "space", "keys", "spec", "chain", "reader", "settings", "search", "dispatch")
+PURE = (
+    *("plan", "placement", "space", "keys", "spec", "chain", "reader", "settings", "search", "dispatch", "references"),
+    *("data_section", "cost", "budget", "statistics"),
+)
 OUTSIDE = {"ray", "mlflow", "fsspec", "s3fs", "boto3", "requests", "urllib", "socket", "subprocess", "shutil", "tempfile", "os", "pathlib", "io", "time"}  # fmt: skip
 IMPURE = {
     f"orchestrator.{name}"
-    for name in ("store", "lease", "checkpoint", "filesystem", "filesystem_local", "filesystem_remote", "facts", "stage", "trial", "sweep", "tracking", "mirror", "journal", "ray_tune", "ray_train", "api", "cli")
+    for name in ("store", "lease", "checkpoint", "filesystem", "filesystem_local", "filesystem_remote", "facts", "stage", "trial", "sweep", "tracking", "mirror", "journal", "ray_tune", "ray_train", "api", "cli", "account", "stopping")
 }  # fmt: skip
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLE_ALLOWED = {"methods/models/weights.py"}

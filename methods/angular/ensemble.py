@@ -5,7 +5,8 @@ Shape legend: B = batch, N = views, C = classes, D = feature width.
 Member weights are 1 for the teacher and ``view_weight`` for each view. Divided by their sum they make the target
 a distribution (``Normalisation`` "sum"). The authors' release divides by their Euclidean length instead
 ("length"), so its rows sum to ``(1 + N w) / sqrt(1 + N w^2)``: 2.44 for five views of weight 0.8, which silently
-multiplies the weight of the distillation loss.
+multiplies the weight of the distillation loss. TeKAP adds its terms up undivided ("none"). What a row sums to is
+its ``mass``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from methods.losses import SMALLEST_PROBABILITY, in_full_precision, soften
 
-Normalisation = Literal["sum", "length"]
+Normalisation = Literal["sum", "length", "none"]
 
 
 def ensemble_probs(
@@ -32,7 +33,7 @@ def ensemble_probs(
 
     Probabilities are averaged after softening, never logits. With ``view_weight`` 0 this is the teacher alone.
     """
-    return _mixture(
+    return mixture(
         soften(teacher_logits_BC, temperature),
         soften(view_logits_BNC, temperature),
         view_weight,
@@ -49,7 +50,7 @@ def ensemble_feature(
     normalisation: Normalisation = "sum",
 ) -> Tensor:
     """Mean of the members' pooled features, ``[B, D]``: the target of feature distillation."""
-    return _mixture(teacher_pooled_BD, view_pooled_BND, view_weight, normalisation)
+    return mixture(teacher_pooled_BD, view_pooled_BND, view_weight, normalisation)
 
 
 @in_full_precision
@@ -58,12 +59,20 @@ def pseudo_logits(probs_BC: Tensor, temperature: float) -> Tensor:
     return temperature * probs_BC.clamp_min(SMALLEST_PROBABILITY).log()
 
 
-def _mixture(
+def mixture(
     teacher_BK: Tensor, views_BNK: Tensor, view_weight: float, normalisation: Normalisation
 ) -> Tensor:
-    num_views = views_BNK.shape[1]
+    """The weighted sum of members, over what the normalisation divides by, ``[B, K]``."""
+    divisor = _divisor(views_BNK.shape[1], view_weight, normalisation)
+    return (teacher_BK + view_weight * views_BNK.sum(dim=1)) / divisor
+
+
+def mass(num_views: int, view_weight: float, normalisation: Normalisation) -> float:
+    """What a row of mixed probabilities sums to."""
+    return (1 + num_views * view_weight) / _divisor(num_views, view_weight, normalisation)
+
+
+def _divisor(num_views: int, view_weight: float, normalisation: Normalisation) -> float:
     if normalisation == "length":
-        total = math.sqrt(1 + num_views * view_weight**2)
-    else:
-        total = 1 + num_views * view_weight
-    return (teacher_BK + view_weight * views_BNK.sum(dim=1)) / total
+        return math.sqrt(1 + num_views * view_weight**2)
+    return 1 + num_views * view_weight if normalisation == "sum" else 1.0

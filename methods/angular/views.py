@@ -22,7 +22,7 @@ Contrast uses the other samples of the same process: do not compare proximity we
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -40,7 +40,8 @@ from methods.angular.diversity import (
 from methods.angular.heads import build_heads, with_views
 from methods.angular.objective import branch_losses
 from methods.angular.settings import AngularViewsSettings
-from methods.base import Batch, Method, Signals, Source, Step, Task, Teacher
+from methods.base import Batch, InputStage, Method, Signals, Source, Step, Task, Teacher
+from methods.distil.refusals import plain_only
 from methods.losses import soften
 from methods.measures import classification_sums
 from methods.teachers import freeze, teacher_for
@@ -88,6 +89,10 @@ class AngularViews(Method):
     @classmethod
     def inactive(cls, settings: AngularViewsSettings) -> frozenset[str]:
         return settings.inactive()
+
+    @classmethod
+    def refusals(cls, settings: Any, inputs: Mapping[str, InputStage]) -> Iterable[str]:
+        return plain_only(inputs, "branches grow on")
 
     def forward(self, batch: Batch) -> Step:
         signals = with_views(self.teacher(batch.images), self.heads)

@@ -19,6 +19,7 @@ from methods.base import Batch
 from methods.data.augment import Draws, Normalise, apply_draws, draw
 from methods.data.base import Augment, Images
 from methods.data.randomness import hashes
+from methods.data.strong import strong_view
 
 RESIDENT_BYTES = 1 << 30
 """Arrays below this size are kept on a CUDA device as a whole."""
@@ -48,6 +49,7 @@ class Stream:
         device: torch.device,
         rank: int = 0,
         num_workers: int = 1,
+        strong: bool = False,
     ) -> None:
         """Prepare the batches.
 
@@ -63,10 +65,12 @@ class Stream:
             device: Where batches are made.
             rank: This worker, from 0.
             num_workers: Workers that share each batch.
+            strong: Whether batches bring a strongly varied view of each image as well.
         """
         self.images, self.device, self.seed = images, device, seed
         self.batch_size, self.augment, self.shuffle = batch_size, augment, shuffle
         self.rank, self.num_workers = rank, num_workers
+        self.strong = strong
         self.indices = np.asarray(indices, dtype=np.int64)
         self._refuse_impossible()
         self._normalise = Normalise(mean, std, device)
@@ -77,6 +81,12 @@ class Stream:
     def num_samples(self) -> int:
         """Samples over all workers, including those of a batch that is dropped."""
         return len(self.indices)
+
+    def known_labels(self) -> np.ndarray:
+        """Label of each sample of the whole split by its index, int64; -1 for samples that do not come up here."""
+        labels = np.full(len(self.images), -1, dtype=np.int64)
+        labels[self.indices] = self.images.labels[self.indices]
+        return labels
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This worker's share of the batches of ``epoch`` (counted from 0), from batch number ``start`` on."""
@@ -95,7 +105,8 @@ class Stream:
         ids_on_device = self._to_device(ids)
         for part, pixels in zip(parts, self._pixels(positions, ids, parts), strict=True):
             varied = pixels if draws is None else apply_draws(pixels, draws.select(part))
-            yield Batch(self._normalise(varied), labels[part], ids_on_device[part], epoch)
+            strong = self._strong_view(pixels, epoch, ids[part]) if self.strong else None
+            yield Batch(self._normalise(varied), labels[part], ids_on_device[part], epoch, strong)
 
     def _order(self, epoch: int) -> np.ndarray:
         """Positions in ``self.indices``, in the order of this epoch."""
@@ -112,6 +123,10 @@ class Stream:
         if self.augment is None or self.augment == Augment():
             return None
         return draw(self.augment, seed=self.seed, epoch=epoch, ids=ids, device=self.device)
+
+    def _strong_view(self, pixels: Tensor, epoch: int, ids: np.ndarray) -> Tensor:
+        augment = self.augment or Augment()
+        return self._normalise(strong_view(pixels, augment, seed=self.seed, epoch=epoch, ids=ids))
 
     def _pixels(self, positions: np.ndarray, ids: np.ndarray, parts: list[slice]) -> Iterator[Tensor]:
         """uint8 images ``[B, C, H, W]`` of each part, on the device."""

@@ -13,6 +13,8 @@ from methods import BUILTIN, METHODS, Batch, Method, ModelSettings, Source, Task
 
 TASK = Task(num_classes=5, in_channels=1, image_size=8)
 MODEL = ModelSettings(name="mini_cnn")
+NUM_SAMPLES = 80
+"""Of the training split that methods are told of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,13 @@ CASES: dict[str, MethodCase] = {
     "supervised": MethodCase(method="supervised", settings={"label_smoothing": 0.1}),
     "kd": MethodCase(method="kd", inputs={"teacher": "supervised"}, weights=("kd_weight", "ce_weight")),
     "kd-of-views": MethodCase(method="kd", inputs={"teacher": "views"}, weights=("kd_weight", "ce_weight")),
+    "tekap": MethodCase(method="tekap", inputs={"teacher": "supervised"}),
+    "kd-of-copies": MethodCase(method="kd", inputs={"teacher": "tekap"}, weights=("kd_weight", "ce_weight")),
+    "kd-of-several": MethodCase(
+        method="kd",
+        inputs={"teacher.0": "supervised", "teacher.1": "kd"},
+        weights=("kd_weight", "ce_weight"),
+    ),
     "views": MethodCase(
         method="angular_views", settings=SMALL, inputs={"teacher": "supervised"}, weights=VIEW_WEIGHTS
     ),
@@ -69,10 +78,13 @@ CASES: dict[str, MethodCase] = {
         inputs={"teacher": "views"},
         weights=STUDENT_WEIGHTS,
     ),
+    "probe": MethodCase(method="linear_probe", inputs={"teacher": "supervised"}),
     "student-released": MethodCase(
         method="angular_kd", inputs={"teacher": "views-released"}, weights=("kd_weight", "ce_weight")
     ),
 }
+TRAINED = [name for name, case in CASES.items() if METHODS[case.method].trains]
+"""Cases that have training steps."""
 
 
 def build(name: str, *, seed: int = 0, **changes: Any) -> Method:
@@ -83,7 +95,9 @@ def build(name: str, *, seed: int = 0, **changes: Any) -> Method:
     torch.manual_seed(seed)
     model = BUILTIN.build_model(MODEL, TASK) if method.needs_model else None
     settings = method.Settings(**{**case.settings, **changes})
-    return method(settings, task=TASK, model=model, inputs=teachers)
+    built = method(settings, task=TASK, model=model, inputs=teachers)
+    built.prepare(torch.arange(NUM_SAMPLES) % TASK.num_classes, num_epochs=3)
+    return built
 
 
 def finished(method: Method, name: str) -> Source:

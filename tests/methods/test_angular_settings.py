@@ -166,5 +166,7 @@ def test_inactive_settings_of_the_student(point: dict[str, Any], names: set[str]
 
 
 def test_inactive_settings_of_plain_distillation() -> None:
-    assert METHODS["kd"].inactive(KnowledgeDistillationSettings()) == set()
-    assert METHODS["kd"].inactive(KnowledgeDistillationSettings(kd_weight=0.0)) == {"temperature"}
+    views = {"view_weight", "detach_target"}
+    assert METHODS["kd"].inactive(KnowledgeDistillationSettings()) == {"detach_target"}
+    assert METHODS["kd"].inactive(KnowledgeDistillationSettings(heads="joint")) == set()
+    assert METHODS["kd"].inactive(KnowledgeDistillationSettings(kd_weight=0.0)) == {"temperature", *views}

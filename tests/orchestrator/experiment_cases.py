@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +14,8 @@ from orchestrator.plan import Planner, Point, Trial
 from orchestrator.reader import parse_experiment
 from orchestrator.spec import ExperimentSpec
 
-FACTS = Facts(
-    data={"fingerprint": "f0", "validation": 0.2, "split_seed": 0, "augment": {"pad": 1, "flip": False}}
-)
+FACTS = Facts(data=defaultdict(lambda: "f0"))
+"""Every data set has the fingerprint ``f0``."""
 ABSENT = object()
 """Takes a key out of a document."""
 

@@ -14,7 +14,7 @@ from orchestrator.cli import main
 from orchestrator.document import dump_document
 from orchestrator.store import Store
 
-COMMANDS = ("plan", "run", "results", "show", "methods", "models", "doctor")
+COMMANDS = ("plan", "run", "results", "show", "export", "methods", "models", "doctor")
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +188,7 @@ def test_a_report_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     ("arguments", "expected"),
     [
         (["show", "abcd"], "--storage: 'runs' is not a folder"),
+        (["export", "abcd"], "--storage: 'runs' is not a folder"),
         (["show", "abcd", "--storage", "."], "no artifact in"),
         (["show", "xyz", "--storage", "."], "the start of a key is lower-case hexadecimal, got 'xyz'"),
         (["methods", "kdd"], "'kdd' is not a method; did you mean 'kd'?"),

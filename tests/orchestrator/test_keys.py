@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,11 +120,25 @@ def test_the_seed_of_a_trial_reaches_only_the_last_stage() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"fingerprint": "f1"}, {"validation": 0.1}, {"split_seed": 1}, {"augment": {"pad": 0, "flip": True}}],
-)
+    [
+        {"data/validation": 0.1}, {"data/split_seed": 1}, {"data/augment": {"pad": 0, "flip": True}},
+        {"data/fraction": 0.5}, {"data/imbalance": 10},
+    ],
+)  # fmt: skip
 def test_data_is_in_every_key(change: dict[str, Any]) -> None:
-    facts = replace(FACTS, data={**FACTS.data, **change})
+    assert all(key_of(stage, change) != key for stage, key in GOLDEN.items())
+
+
+def test_the_fingerprint_of_the_data_is_in_every_key() -> None:
+    facts = replace(FACTS, data=defaultdict(lambda: "f1"))
     assert all(key_of(stage, facts=facts) != key for stage, key in GOLDEN.items())
+
+
+def test_a_stage_with_data_of_its_own_changes_alone() -> None:
+    changes = {"stages/student/data": {"fraction": 0.25}}
+    assert key_of("views", changes) == GOLDEN["views"]
+    assert key_of("student", changes) != GOLDEN["student"]
+    assert key_of("student", {"stages/student/data": {"fraction": 1.0}}) == GOLDEN["student"]
 
 
 def test_all_keys_of_different_work_differ() -> None:
@@ -161,25 +176,28 @@ def test_the_place_of_the_data_is_not_in_the_key_but_its_content_is(tmp_path: Pa
             Image.new("L", (8, 8), color).save(place / "1.png")
         return tmp_path / name
 
-    def facts(root: Path) -> Mapping[str, Any]:
+    def fingerprint(root: Path) -> str:
         data = {"dataset": "imagefolder", "root": str(root), "image_size": 8, "validation": 0.2}
-        return gather_facts(spec_of({"data": data})).data
+        return next(iter(gather_facts(spec_of({"data": data})).data.values()))
 
-    first = facts(folder("a", 10))
-    assert facts(folder("b", 10)) == first
-    assert facts(folder("c", 11)) != first
+    first = fingerprint(folder("a", 10))
+    assert fingerprint(folder("b", 10)) == first
+    assert fingerprint(folder("c", 11)) != first
 
 
 def test_data_settings_reach_the_facts() -> None:
     before = gather_facts(spec_of()).data
     assert gather_facts(spec_of({"data/augment": {"pad": 1}})).data == before  # the data set's own, spelt out
-    for change in (
-        {"data/split_seed": 1},
-        {"data/validation": 0.3},
-        {"data/augment": {"pad": 2}},
-        {"data/test_fraction": 0.3},
-    ):
-        assert gather_facts(spec_of(change)).data != before
+    assert gather_facts(spec_of({"data/test_fraction": 0.3})).data != before
+
+
+def test_data_of_a_stage_and_of_the_space_is_looked_up() -> None:
+    changes = {
+        "stages/student/data": {"dataset": "digits", "test_fraction": 0.3, "validation": 0.2},
+        "search/space": {"student.data.test_fraction": {"grid": [0.4, 0.5]}},
+    }
+    found = gather_facts(spec_of(changes)).data
+    assert len(set(found.values())) == len(found) == 4
 
 
 def test_a_checkpoint_counts_by_its_bytes(tmp_path: Path) -> None:

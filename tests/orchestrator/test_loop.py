@@ -27,6 +27,7 @@ from methods.base import Batch
 from orchestrator.errors import ConfigurationError, DivergedError
 from orchestrator.loop import StopTraining, Training, evaluate, train
 from orchestrator.optimisation import TrainSettings
+from orchestrator.run_state import Held
 
 
 def run(
@@ -269,13 +270,18 @@ def test_time_of_earlier_attempts_is_added() -> None:
         run(checkpoints=slot, checkpoint_seconds=0.0, clock=count(0, 100).__next__)
     tree = slot.load()
     assert tree is not None
-    earlier, earlier_cpu = tree["seconds"]
+    earlier, worker_seconds, earlier_cpu = tree["seconds"]
+    assert worker_seconds == earlier
     assert earlier > 100
     training = run(checkpoints=slot, clock=lambda: 0.0)
-    assert training.seconds == earlier
+    assert training.seconds == training.worker_seconds == earlier
     assert training.cpu_seconds > earlier_cpu
     assert training.history[0]["time"] == tree["history"][0]["time"]
     assert training.peak_memory_bytes > 1e6
+
+
+def test_a_checkpoint_of_an_older_version_tells_its_time() -> None:
+    assert Held.from_tuple((10.0, 7.0)) == Held(seconds=10.0, worker_seconds=10.0, cpu_seconds=7.0)
 
 
 def test_observer_sees_each_epoch_once_and_after_a_resume_the_last_one_again() -> None:

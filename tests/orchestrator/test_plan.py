@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from experiment_cases import FACTS, planner_of
 
 from methods import BUILTIN
+from orchestrator.cost import MachineTime
 from orchestrator.document import read_document
 from orchestrator.errors import ConfigurationError
 from orchestrator.plan import Plan, PlannedStage, Planner, Point, make_plan
@@ -139,19 +141,55 @@ def test_an_unknown_cost_is_unknown() -> None:
 SNAPSHOT = """\
 angular-digits: 22 trials (1 x kd, 10 points)
 
-stage        method          model     distinct  stored  to run  used by    expected
-───────────  ──────────────  ────────  ────────  ──────  ──────  ─────────  ───────────
-teacher      supervised      tiny_cnn  1         1       0       22 trials  \u2013
-└ views      angular_views   \u2013         10        0       10      20 trials  1 min 40 s
-  └ student  angular_kd, kd  mini_cnn  22        0       22      22 trials  18 min 20 s
+stage        method          model     distinct  stored  to run  used by    expected     cost
+───────────  ──────────────  ────────  ────────  ──────  ──────  ─────────  ───────────  ───────────
+teacher      supervised      tiny_cnn  1         1       0       22 trials  \u2013            \u2013
+└ views      angular_views   \u2013         10        0       10      20 trials  1 min 40 s   0.028 CPU-h
+  └ student  angular_kd, kd  mini_cnn  22        0       22      22 trials  18 min 20 s  0.31 CPU-h
 
 To run: 10 views stages, 22 student stages.
 Expected cost: 20 min 00 s of training, about 20 min 00 s with 1 trial at a time.
+It holds 0.33 CPU-h.
 Without sharing stages it would be 21 min 40 s (1.08 x)."""
 
 
 def test_the_printed_plan() -> None:
     assert str(plan_of(stored=keys_of(plan_of(), "teacher"), costs=SECONDS)) == SNAPSHOT
+
+
+MACHINES = {"run/workers": 2, "run/cpus_per_worker": 3, "run/gpus_per_worker": 0.5}
+PRICES = {"run/prices": {"gpu_hour": 2.5, "cpu_hour": 0.04, "currency": "CHF"}}
+
+
+def test_the_plan_counts_workers_and_tells_money() -> None:
+    """1300 s x 2 workers x 3 cores are 2.17 CPU-hours, x half a GPU 0.36 GPU-hours: 0.99 francs."""
+    plan = plan_of(MACHINES | PRICES, costs=SECONDS)
+    held = plan.machine_time(plan.missing.values())
+    assert held == MachineTime(cpu_seconds=1300 * 6, gpu_seconds=1300)
+    assert "It holds 0.36 GPU-h, 2.17 CPU-h, 0.99 CHF." in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("budget", "warning"),
+    [
+        ({"gpu_hours": 0.3}, "0.36 of 0.30 GPU-h (run.budget.gpu_hours)"),
+        ({"cpu_hours": 2.2}, ""),
+        ({"money": 0.9, "hours": 100}, "0.99 of 0.90 CHF (run.budget.money)"),
+        ({"hours": 0.1}, "0.36 of 0.10 h (run.budget.hours)"),
+    ],
+)
+def test_the_plan_warns_of_the_budget(budget: dict[str, float], warning: str) -> None:
+    text = str(plan_of({**MACHINES, **PRICES, "run/budget": budget}, costs=SECONDS))
+    assert ("Warning: this needs more than the budget" in text) == bool(warning)
+    assert warning in text
+
+
+def test_what_was_spent_before_counts() -> None:
+    plan = plan_of({**MACHINES, "run/budget": {"cpu_hours": 3}}, costs=SECONDS)
+    assert "Warning" not in str(plan)
+    again = str(replace(plan, spent=MachineTime(cpu_seconds=3600.0)))
+    assert "Earlier runs of this sweep held 1.00 CPU-h." in again
+    assert "3.17 of 3.00 CPU-h (run.budget.cpu_hours)" in again
 
 
 def test_the_printed_plan_when_nothing_is_left() -> None:

@@ -9,7 +9,19 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from orchestrator.report import Objective, Report, TrialRow, best, cost, table, to_markdown, to_text
+from orchestrator.cost import MachineTime, PriceSettings, Spent
+from orchestrator.report import (
+    Objective,
+    Report,
+    TrialRow,
+    best,
+    cost,
+    cost_lines,
+    cost_table,
+    table,
+    to_markdown,
+    to_text,
+)
 from orchestrator.report_cells import MISSING, duration, setting, short_names, signed
 
 TOP1 = [Objective(name="student.top1")]
@@ -167,6 +179,38 @@ def test_cost_counts_every_trial() -> None:
     assert (total.alone_seconds, total.shared_seconds, total.paid_seconds) == (15.0, 4.0, 11.0)
 
 
+HELD = MachineTime(cpu_seconds=7200.0, gpu_seconds=3600.0)
+SHARED = MachineTime(cpu_seconds=3600.0, gpu_seconds=1800.0)
+
+
+def test_machine_time_and_money_of_a_point_and_of_each_trial() -> None:
+    rows = [*kd(), row("p", 0, 71.0, seconds=3600.0, held=HELD, shared_held=SHARED), row("p", 1, status="waiting", seconds=0.0)]  # fmt: skip
+    prices = PriceSettings(gpu_hour=2.0, cpu_hour=0.5, currency="CHF")
+    point = table(rows, TOP1, baseline="kd", prices=prices).set_index("point").loc["p"]
+    assert (point["cpu_hours"], point["gpu_hours"], point["money"]) == (2.0, 1.0, 3.0)
+    assert (point["shared_cpu_hours"], point["shared_gpu_hours"], point["shared_money"]) == (1.0, 0.5, 1.5)
+    assert "CHF/" in to_text(table(rows, TOP1, baseline="kd", prices=prices), 200)
+    trials = cost_table(rows, prices)
+    assert len(trials) == len(rows)
+    assert trials.iloc[3][["own_cpu_hours", "own_gpu_hours", "own_money", "shared_money"]].tolist() == [1.0, 0.5, 1.5, 1.5]  # fmt: skip
+
+
+def test_cost_columns_that_say_nothing_are_left_out() -> None:
+    rows = [row("p", 0, 71.0, held=MachineTime(cpu_seconds=100.0))]
+    assert not {"cpu_hours", "gpu_hours", "money"} & set(table(rows, TOP1))
+    wide = [row("p", 0, 71.0, held=MachineTime(cpu_seconds=200.0))]
+    assert set(table(wide, TOP1)) - set(table(rows, TOP1)) == {"cpu_hours", "shared_cpu_hours"}
+
+
+def test_the_report_tells_lost_work() -> None:
+    rows = [row("p", 0, 71.0, held=HELD, shared_held=SHARED)]
+    spent = Spent(finished=HELD, unfinished=SHARED)
+    lines = cost_lines(rows, None, spent)
+    assert "Held by that training: 0.50 GPU-h, 1.00 CPU-h; saved by sharing: 0.50 GPU-h, 1.00 CPU-h." in lines
+    assert "All runs of this sweep held 1.50 GPU-h, 3.00 CPU-h" in lines[-1]
+    assert "0.50 GPU-h, 1.00 CPU-h of it on stages that failed" in lines[-1]
+
+
 def test_a_table_written_to_csv_reads_back(tmp_path: Path) -> None:
     frame = table(kd(), TOP1, baseline="kd")
     frame.to_csv(tmp_path / "t.csv", index=False)
@@ -200,3 +244,35 @@ def test_names_are_shortened_only_where_unique() -> None:
 def test_differences_carry_a_sign() -> None:
     assert signed(0.5, "student.top1") == "+0.50"
     assert signed(-0.01234, "student.loss") == "-0.0123"
+
+
+def compared(name: str, gains: tuple[float, ...]) -> list[TrialRow]:
+    return [row(name, seed, 71.0, 69.0 + seed + gain) for seed, gain in enumerate(gains)]
+
+
+def verdict_lines(rows: list[TrialRow]) -> str:
+    return to_markdown(Report(name="sweep", rows=rows, objectives=TOP1, baseline="kd"))
+
+
+def test_verdicts_are_corrected_for_the_number_of_points_compared() -> None:
+    close = compared("close", (1.0, 1.3, 0.6))  # p = 0.042 alone
+    others = [point for number in range(3) for point in compared(f"other{number}", (0.5, -0.5, 0.1))]
+    assert "**better**" in verdict_lines([*kd(), *close])
+    many = verdict_lines([*kd(), *close, *others])
+    assert "**better**" not in many
+    assert "among so many comparisons (p 0.17 after correction)" in many
+    frame = table([*kd(), *close, *others], TOP1, baseline="kd").set_index("point")
+    assert frame["adjusted p"]["close"] == pytest.approx(4 * frame["p"]["close"])
+
+
+def test_an_open_verdict_says_how_many_more_seeds_would_tell() -> None:
+    assert "about 1 more seed would tell" in verdict_lines([*kd(), *compared("p", (1.0, 1.6, 0.4))])
+    assert "hardly tell them apart" in verdict_lines([*kd(), *compared("p", (0.5, -0.5, 0.01))])
+
+
+def test_the_best_epoch_is_told_beside_the_last() -> None:
+    rows = [row("p", seed, 70.0, 69.0) for seed in range(2)]
+    for one, best_top1 in zip(rows, (70.2, 70.6), strict=True):
+        one.metrics["student.best_top1"] = best_top1
+    text = to_markdown(Report(name="sweep", rows=rows, objectives=TOP1))
+    assert "best epoch reads +0.40 on validation" in text

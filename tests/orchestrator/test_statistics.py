@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from orchestrator.statistics import PairedDifference, paired_difference, spread, verdict
+from orchestrator.statistics import PairedDifference, holm, more_seeds, paired_difference, spread, verdict
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0], [70.1, 70.5, 69.8, 71.0]])
@@ -66,3 +66,39 @@ def test_equal_differences_have_an_interval_without_width() -> None:
 def test_verdict(low: float, high: float, maximize: bool, expected: str) -> None:
     difference = PairedDifference(mean=(low + high) / 2, low=low, high=high, num_pairs=3)
     assert verdict(difference, maximize=maximize) == expected
+    assert verdict(difference, maximize=maximize, adjusted_p=0.06) == "not distinguishable"
+
+
+def test_p_value_is_that_of_the_paired_t_test() -> None:
+    """Differences 1, 2, 3: t = 2 sqrt(3) with 2 degrees of freedom; p = 1 - t / sqrt(t^2 + 2) there."""
+    found = paired_difference({0: 1.0, 1: 2.0, 2: 3.0}, {0: 0.0, 1: 0.0, 2: 0.0})
+    t = 2 * math.sqrt(3)
+    assert found.p_value == pytest.approx(1 - t / math.sqrt(t * t + 2))
+    assert found.std == pytest.approx(1.0)
+    assert paired_difference({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}).p_value == 0.0
+    assert paired_difference({0: 2.0, 1: 3.0}, {0: 2.0, 1: 3.0}).p_value == 1.0
+
+
+def test_holm_against_a_worked_example() -> None:
+    """Smallest times 4, next times 3, ...; never below one that came before, never above 1."""
+    assert holm([0.01, 0.04, math.nan, 0.03, 0.005])[:2] == pytest.approx([0.03, 0.06])
+    assert holm([0.01, 0.04, math.nan, 0.03, 0.005])[3:] == pytest.approx([0.06, 0.02])
+    assert math.isnan(holm([0.2, math.nan])[1])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_more_seeds_takes_zero_out_of_the_interval() -> None:
+    values = {0: 0.2, 1: 1.0, 2: -0.3, 3: 0.5}
+    found = paired_difference(values, dict.fromkeys(values, 0.0))
+    needed = more_seeds(found)
+    assert needed is not None
+    count = found.num_pairs + needed
+    from scipy import stats
+
+    half = [stats.t.ppf(0.975, n - 1) * found.std / math.sqrt(n) for n in (count - 1, count)]
+    assert half[0] >= found.mean > half[1]
+    assert more_seeds(paired_difference({0: 2.0, 1: 2.1}, {0: 0.0, 1: 0.0})) == 0
+    assert more_seeds(paired_difference({0: 1.0}, {0: 0.0})) is None
+    assert more_seeds(paired_difference({0: 1.0, 1: -1.0}, {0: 0.0, 1: 0.0})) is None
+    assert more_seeds(paired_difference({0: 1.0, 1: -0.99}, {0: 0.0, 1: 0.0})) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +75,13 @@ def run(
 
 
 def as_tree(training: Training) -> dict[str, Any]:
-    return {"weights": training.weights, "history": training.history, "metrics": training.metrics}
+    times = [training.seconds, training.worker_seconds, training.cpu_seconds]
+    return {
+        "weights": training.weights,
+        "history": training.history,
+        "metrics": training.metrics,
+        "times": times,
+    }
 
 
 def caught(action: Callable[[], Any]) -> str:
@@ -123,8 +130,10 @@ def scenarios(workers: Workers, folder: Path) -> dict[str, Any]:
     poisoned = make_method(torch.float64, poison=poison_of(rank), batch_norm=False)
     solo_slot = Slot(to_bytes({"epoch": 1, "position": 0})) if rank == 0 else Slot()
     norm = run(workers, dtype=torch.float32, batch_norm=True)
+    started = time.process_time()
     return {
         "plain": as_tree(run(workers)),
+        "own_cpu_seconds": time.process_time() - started,
         "accumulated": as_tree(run(workers, settings=replace(SETTINGS, accumulate=2, clip_norm=0.5))),
         "batch_norm": as_tree(norm),
         "evaluated": evaluate(make_method(), stream, device=CPU, workers=workers),
@@ -192,6 +201,15 @@ def test_workers_leave_with_the_same_weights_and_metrics(left: list[dict[str, An
         assert_same_bits(second["weights"], first["weights"])
         assert without_time(second["history"]) == without_time(first["history"])
         assert second["metrics"] == first["metrics"]
+
+
+def test_time_of_all_workers_counts(left: list[dict[str, Any]]) -> None:
+    own = [worker["own_cpu_seconds"] for worker in left]
+    for worker in left:
+        seconds, worker_seconds, cpu_seconds = worker["plain"]["times"]
+        assert worker_seconds == 2 * seconds
+        assert cpu_seconds == left[0]["plain"]["times"][2]
+        assert max(own) < cpu_seconds <= sum(own)
 
 
 def test_evaluation_is_exact_over_uneven_shares(left: list[dict[str, Any]]) -> None:
