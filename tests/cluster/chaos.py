@@ -214,6 +214,11 @@ class Sweep:
             self.start()
         assert self.finish() == 0, self.said()
 
+    def stop(self) -> None:
+        """End what is left of it, after a broken promise."""
+        if self._driver is not None and self._driver.poll() is None:
+            os.kill(self.cluster.hosts[HEAD].pid_of(self._driver), signal.SIGKILL)
+
     def losses(self) -> list[Loss]:
         """What each injection cost each stage that it may have hit."""
         times = histories(self.storage)

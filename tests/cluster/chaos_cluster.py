@@ -79,7 +79,8 @@ class Cluster:
         tracking.join(START_SECONDS)
 
     def start_head(self) -> None:
-        self._ray_start(HEAD, f"--head --port={PORT} --num-cpus=0 --include-dashboard=false")
+        # With the dashboard, on loopback: Ray Train asks it which placement groups have lost their owner.
+        self._ray_start(HEAD, f"--head --port={PORT} --num-cpus=0 --include-dashboard=true")
 
     def tend(self) -> None:
         """Let every node that is up and has no Ray join, in the background: the part of an autoscaler, or of an operator."""
