@@ -12,6 +12,17 @@ from methods.angular.views import AngularViews
 from methods.base import Batch, Loss, Method, ModelSettings, Signals, Source, Step, Task, Teacher
 from methods.catalog import Catalog, UnknownNameError
 from methods.data import DATASETS
+from methods.distil.attention import AttentionTransfer
+from methods.distil.crd import ContrastiveDistillation
+from methods.distil.dist import CorrelationDistillation
+from methods.distil.dkd import DecoupledDistillation
+from methods.distil.fitnet import FitNet
+from methods.distil.lskd import LogitStandardisation
+from methods.distil.mlkd import MultiLevelDistillation
+from methods.distil.pskd import ProgressiveSelfDistillation
+from methods.distil.review import Review
+from methods.distil.rkd import RelationalDistillation
+from methods.distil.similarity import SimilarityPreserving
 from methods.distil.tekap import Tekap
 from methods.kd import KnowledgeDistillation
 from methods.linear_probe import LinearProbe
@@ -24,6 +35,17 @@ METHODS: Mapping[str, type[Method]] = {
     "angular_views": AngularViews,
     "angular_kd": AngularDistillation,
     "tekap": Tekap,
+    "attention": AttentionTransfer,
+    "crd": ContrastiveDistillation,
+    "fitnet": FitNet,
+    "review": Review,
+    "rkd": RelationalDistillation,
+    "similarity": SimilarityPreserving,
+    "dkd": DecoupledDistillation,
+    "mlkd": MultiLevelDistillation,
+    "dist": CorrelationDistillation,
+    "lskd": LogitStandardisation,
+    "pskd": ProgressiveSelfDistillation,
     "linear_probe": LinearProbe,
 }
 

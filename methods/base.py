@@ -161,12 +161,17 @@ class Teacher:
     """Maps pooled ``[B, D]`` to ``(view_pooled [B, N, D], view_logits [B, N, C])``."""
     head_settings: Any = None
     """The settings of the method that trained the heads."""
+    read_maps: Callable[[Tensor], tuple[Tensor, Tensor, tuple[Tensor, ...]]] | None = None
+    """Gives logits, pooled feature and feature maps, where a student asked for maps; stands in for the network."""
     noise: Any = None
     """The settings of the noisy copies that are to be made of each signal (a ``tekap`` stage)."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Signals:
         """Signals for ``images`` ``[B, 3, H, W]``, without gradient. Heads are *not* run here."""
+        if self.read_maps is not None:
+            logits, pooled, maps = self.read_maps(images)
+            return Signals(logits=logits, pooled=pooled, maps=maps)
         logits, pooled = self.network(images)
         return Signals(logits=logits, pooled=pooled)
 
@@ -230,6 +235,13 @@ class Method(nn.Module, ABC):
     @classmethod
     def refusals(cls, settings: Any, inputs: Mapping[str, InputStage]) -> Iterable[str]:
         """Why these inputs cannot be learnt from with these settings, found before anything starts. Pure."""
+        return ()
+
+    @classmethod
+    def pair_refusals(
+        cls, settings: Any, model: ModelSettings | None, inputs: Mapping[str, InputStage]
+    ) -> Iterable[str]:
+        """Why ``model`` cannot be trained by this method on these inputs, found before anything starts. Pure."""
         return ()
 
     def prepare(self, labels_n: Tensor, *, num_epochs: int) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from methods.base import Method, ModelFactory, ModelSettings, Task
-from methods.models import build_model, timm_factory
+from methods.models import Activation, MapReader, build_model, stage_taps, timm_factory
 from methods.models.tapped import Tapped
 from methods.names import UnknownNameError, did_you_mean
 
@@ -63,6 +63,27 @@ class Catalog:
     def num_features(self, settings: ModelSettings) -> int | None:
         """Pooled width of a network, found without weights; None where it does not fit a usual task."""
         return _num_features(self.model(settings.name), settings.name)
+
+    def map_shapes(
+        self, settings: ModelSettings, *, activation: Activation = "after", taps: tuple[str, ...] = ()
+    ) -> tuple[tuple[int, int, int], ...] | None:
+        """``(C, H, W)`` of a network's feature maps for images of 32x32, found without weights.
+
+        None where the network does not fit such images. Raises ValueError, with the reason, when it has no maps.
+        """
+        return _map_shapes(self.model(settings.name), settings.name, activation, taps)
+
+
+@functools.cache
+def _map_shapes(
+    factory: ModelFactory, name: str, activation: Activation, taps: tuple[str, ...]
+) -> tuple[tuple[int, int, int], ...] | None:
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        try:
+            tapped = build_model(factory, ModelSettings(name=name), Task(num_classes=10))
+        except ValueError:  # another image size or number of channels: the data set will tell
+            return None
+        return MapReader(tapped, taps or stage_taps(tapped.network, activation)).shapes((3, 32, 32))
 
 
 @functools.cache

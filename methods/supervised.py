@@ -34,7 +34,7 @@ class SupervisedSettings:
 class NetworkMethod(Method):
     """Base of methods that train one network, keep its weights and emit its logits and pooled feature."""
 
-    emits: ClassVar[frozenset[str]] = frozenset({"logits", "pooled"})
+    emits: ClassVar[frozenset[str]] = frozenset({"logits", "pooled", "maps"})
 
     def __init__(
         self, settings: object, *, task: Task, model: nn.Module | None, inputs: Mapping[str, Teacher]

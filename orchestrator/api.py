@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from methods import BUILTIN
 from methods.base import Method, ModelFactory
 from methods.data.base import DataSource
-from orchestrator.document import apply_overrides, dump_document, read_document
+from orchestrator.document import SECTIONS, apply_overrides, dump_document, read_document
 from orchestrator.errors import ConfigurationError
+from orchestrator.facts import checkpoint_paths, data_roots
 from orchestrator.plan import Plan
+from orchestrator.portable import left_behind
 from orchestrator.reader import parse_experiment
 from orchestrator.result import Result
+from orchestrator.secrecy import hide, hide_plain
 from orchestrator.space import Domain
 from orchestrator.sweep import Sweep
+
+if TYPE_CHECKING:
+    from orchestrator.preflight import Preflight
+    from orchestrator.submit import Job
 
 __all__ = ["Experiment"]
 
@@ -40,6 +47,7 @@ class Experiment:
         stages: Mapping[str, Mapping[str, Any]],
         search: Mapping[str, Any],
         baselines: Mapping[str, Mapping[str, Any]] | None = None,
+        controls: bool = False,
         run: Mapping[str, Any] | None = None,
         methods: Mapping[str, type[Method]] | None = None,
         models: Mapping[str, ModelFactory] | None = None,
@@ -51,13 +59,15 @@ class Experiment:
             "data": data,
             "stages": stages,
             "baselines": baselines or {},
+            "controls": controls,
             "search": search,
         }
         self.document: dict[str, Any] = _plain({**document, "run": run or {}})
         """The experiment as plain data, ready to be written as YAML."""
         self._uses_own_code = bool(methods or models or datasets)
         catalog = BUILTIN.extended(methods, models, datasets)
-        self._sweep = Sweep(parse_experiment(self.document, catalog), dump_document(self.document), command)
+        shown = dump_document(hide_plain(self.document))
+        self._sweep = Sweep(parse_experiment(self.document, catalog), shown, command)
 
     @classmethod
     def load(
@@ -71,15 +81,12 @@ class Experiment:
     ) -> Experiment:
         """Read an experiment file and lay overrides such as ``views.margin=0.3`` over it."""
         document = apply_overrides(read_document(Path(path)), overrides)
-        unknown = [
-            key for key in document if key not in ("name", "data", "stages", "search", "baselines", "run")
-        ]
-        sections = {
-            key: document.get(key) for key in ("name", "data", "stages", "search", "baselines", "run")
-        }
+        unknown = [key for key in document if key not in SECTIONS]
+        sections = {key: document.get(key) for key in SECTIONS if key != "controls"}
+        sections["controls"] = document.get("controls", False)
         if unknown:  # the reader reports them together with every other mistake
             parse_experiment(document, BUILTIN.extended(methods, models, datasets))
-        command = " ".join(["stillhouse run", str(path), *overrides])
+        command = hide(" ".join(["stillhouse run", str(path), *overrides]))  # for readers of the report
         return cls(**sections, methods=methods, models=models, datasets=datasets, command=command)  # type: ignore[arg-type]
 
     @property
@@ -98,10 +105,15 @@ class Experiment:
         """What the store holds of this experiment, without running anything."""
         return self._sweep.result()
 
-    def submit(self, address: str, *, follow: bool = True) -> str:
-        """Run on a cluster through Ray's job API, for instance ``http://127.0.0.1:8265``; returns the job's id.
+    def preflight(self) -> Preflight:
+        """Look at every node of the cluster at hand: storage, versions, GPUs, clock, disk, data. Prints well."""
+        return self._sweep.preflight()
 
-        With ``follow`` the job's log is shown until it ends; Ctrl-C then stops following, not the job.
+    def submit(self, address: str, *, follow: bool = True) -> Job:
+        """Run on a cluster through Ray's job API, for instance ``http://127.0.0.1:8265``.
+
+        The job refuses to run under another version of Stillhouse than ours. With ``follow`` its log is shown until
+        it ends; Ctrl-C then stops following, not the job.
         """
         from orchestrator.submit import submit_job
 
@@ -109,12 +121,9 @@ class Experiment:
             raise ConfigurationError(
                 "submit: an experiment with methods, models or data sets of your own cannot travel as YAML; submit your own script with `ray job submit`, which calls Experiment(...).run()"
             )
-        storage = self._sweep.spec.run.storage
-        if "://" not in storage and not Path(storage).is_absolute():
-            raise ConfigurationError(
-                f"run.storage: {storage!r} is relative to a folder that the cluster does not have; "
-                "give an absolute path or a URL that every node reaches"
-            )
+        spec = self._sweep.spec
+        if problems := left_behind(spec.run, data_roots(spec), checkpoint_paths(spec)):
+            raise ConfigurationError(*problems)
         return submit_job(address, self.name, dump_document(self.document), follow=follow)
 
 

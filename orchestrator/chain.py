@@ -147,7 +147,7 @@ def _resolve_stage(
     if len(problems) > num_problems or train is None:
         return None
     known = {role: input_stage(earlier[source], earlier, catalog) for role, source in inputs.items()}
-    for reason in method.refusals(settings, known):
+    for reason in (*method.refusals(settings, known), *method.pair_refusals(settings, model, known)):
         problems.add(path, reason)
     if len(problems) > num_problems:
         return None

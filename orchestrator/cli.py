@@ -1,4 +1,4 @@
-"""The command line: ``stillhouse plan | run | results | show | export | methods | models | doctor``.
+"""The command line: ``stillhouse plan | run | results | submit | export | ... | doctor``.
 
 Exit codes: 0 done; 1 some trials failed; 2 the experiment file, or the machine, is wrong; 3 stopped at the budget;
 130 interrupted.
@@ -7,15 +7,16 @@ Exit codes: 0 done; 1 some trials failed; 2 the experiment file, or the machine,
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from orchestrator.cli_cluster import add_cluster_commands
 from orchestrator.errors import ConfigurationError, StillhouseError
+from orchestrator.secrecy import hide, hide_in_logs
 
 if TYPE_CHECKING:
     from orchestrator.store import Store
@@ -33,16 +34,16 @@ exit codes: 0 done, 1 some trials failed, 2 the experiment file is wrong, 3 stop
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    hide_in_logs()
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
     except ConfigurationError as error:
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {hide(problem)}", file=sys.stderr)
         return 2
     except StillhouseError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {hide(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the store", file=sys.stderr)
@@ -76,7 +77,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("experiment", metavar="EXPERIMENT", help="the experiment file (YAML)")
         command.add_argument("overrides", metavar="PATH=VALUE", nargs="*", help="settings laid over the file")
         command.set_defaults(command=function)
-    _artifact_parsers(commands)
+    add_cluster_commands(commands, EPILOG)
+    _add_artifact_commands(commands)
+    _add_listings(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_listings(commands: Any) -> None:
     for name, function, help_text in (
         ("methods", _methods, "what can be learnt from what, with settings and defaults"),
         ("models", _models, "the networks, with their parameter counts"),
@@ -84,14 +92,20 @@ def _parser() -> argparse.ArgumentParser:
         listing = commands.add_parser(name, help=help_text)
         listing.add_argument("name", nargs="?", help="show only this one")
         listing.set_defaults(command=function)
+
+
+def _add_doctor(commands: Any) -> None:
     doctor = commands.add_parser("doctor", help="look for what is wrong with this machine or cluster")
     doctor.add_argument("--storage", default="runs", help="the storage to try (default: runs)")
     doctor.add_argument("--tracking", default=None, help="an MLflow tracking URI to try")
+    doctor.add_argument(
+        "--allow-open", action="append", default=[], metavar="ADDRESS",
+        help="accept that jobs are taken from anybody at this address (also STILLHOUSE_ALLOW_OPEN, by commas)",
+    )  # fmt: skip
     doctor.set_defaults(command=_doctor)
-    return parser
 
 
-def _artifact_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_artifact_commands(commands: Any) -> None:
     """Commands about one artifact."""
     for name, function, help_text in (
         ("show", _show, "manifest and lineage of an artifact"),
@@ -197,8 +211,9 @@ def _models(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     from orchestrator.doctor import examine
+    from orchestrator.endpoints import allowed_open
 
-    findings = examine(options.storage, options.tracking)
+    findings = examine(options.storage, options.tracking, allowed_open() | set(options.allow_open))
     for finding in findings:
         print(finding)
     return 2 if any(finding.level == "wrong" for finding in findings) else 0

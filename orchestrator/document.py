@@ -14,7 +14,7 @@ from orchestrator.errors import ConfigurationError
 
 __all__ = ["SECTIONS", "apply_overrides", "dump_document", "read_document"]
 
-SECTIONS = ("name", "data", "stages", "baselines", "search", "run")
+SECTIONS = ("name", "data", "stages", "baselines", "controls", "search", "run")
 MERGE_TAG = "tag:yaml.org,2002:merge"
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """What the YAML reader raises: ValueError for a date such as 2024-13-01, RecursionError for absurd nesting."""
@@ -48,9 +48,13 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _u
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """The experiment file at ``path``; a ``ConfigurationError`` that names file and line when it is not one."""
+    """The experiment file at ``path``; a ``ConfigurationError`` that names file and line when it is not one.
+
+    ``configs/NAME.yaml`` also means the one that comes with the package, where there is no such file: on a cluster,
+    for instance, where only the package is installed.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = (path if path.exists() else shipped_experiment(path)).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigurationError(f"{path}: no such experiment file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -62,6 +66,12 @@ def read_document(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ConfigurationError(f"{path}: expected a mapping with {', '.join(SECTIONS)}, got {document!r}")
     return document
+
+
+def shipped_experiment(path: Path) -> Path:
+    """The package's own file for ``configs/NAME.yaml``, else ``path`` itself."""
+    own = Path(__file__).parents[1] / "configs" / path.name
+    return own if path.parent == Path("configs") and own.exists() else path
 
 
 def dump_document(document: Mapping[str, Any]) -> str:

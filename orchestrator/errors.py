@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from orchestrator.redact import redact
+
 __all__ = [
     "ConfigurationError",
     "DamagedArtifactError",
@@ -15,14 +17,17 @@ __all__ = [
 
 
 class StillhouseError(Exception):
-    """Base of everything that we raise on purpose."""
+    """Base of everything that we raise on purpose. Its text holds no password of a URL: it may be logged anywhere."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(redact(item) if isinstance(item, str) else item for item in arguments))
 
 
 class ConfigurationError(StillhouseError):
     """What the user asked for cannot be done. Never retried. Carries every problem found, not only the first."""
 
     def __init__(self, *problems: str) -> None:
-        self.problems = problems
+        self.problems = tuple(redact(problem) for problem in problems)
         super().__init__("\n".join(problems))
 
     def __reduce__(self) -> tuple[type[ConfigurationError], tuple[str, ...]]:

@@ -16,7 +16,7 @@ from orchestrator.keys import Facts
 from orchestrator.settings import Problems
 from orchestrator.spec import ExperimentSpec
 
-__all__ = ["data_sections", "gather_facts"]
+__all__ = ["checkpoint_paths", "data_roots", "data_sections", "files_on_every_node", "gather_facts"]
 
 
 def gather_facts(spec: ExperimentSpec) -> Facts:
@@ -29,7 +29,7 @@ def gather_facts(spec: ExperimentSpec) -> Facts:
         except (OSError, ValueError) as error:
             problems.add("data" if section == spec.data else f"data {section.dataset}", str(error))
     checkpoints = {}
-    for path in sorted(set(_checkpoint_paths(spec))):
+    for path in sorted(set(checkpoint_paths(spec))):
         try:
             checkpoints[path] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
         except OSError as error:
@@ -45,7 +45,27 @@ def data_sections(spec: ExperimentSpec) -> dict[str, DataSettings]:
     return {section.source_id: section for section in reversed(sections)}
 
 
-def _checkpoint_paths(spec: ExperimentSpec) -> Iterator[str]:
+def data_roots(spec: ExperimentSpec) -> list[str]:
+    """Folders of the data sets that lie in one, as the experiment writes them."""
+    roots = (getattr(section.source, "root", None) for section in data_sections(spec).values())
+    return [root for root in roots if isinstance(root, str)]
+
+
+def files_on_every_node(spec: ExperimentSpec) -> list[str]:
+    """Paths that each node reads for itself: checkpoints, and data sets too large to travel with their stages.
+
+    Any other data set is read by the driver alone and reaches the stages through Ray.
+    """
+    lazy = [
+        str(getattr(section.source, "root", ""))
+        for section in data_sections(spec).values()
+        if getattr(section.source, "reads_while_used", lambda: False)()
+    ]
+    return sorted({*lazy, *checkpoint_paths(spec)})
+
+
+def checkpoint_paths(spec: ExperimentSpec) -> Iterator[str]:
+    """Every file of weights that a stage may start from, the choices of the search included."""
     for stage in _all_stages(spec, ".model"):
         if stage.model is not None and stage.model.checkpoint is not None:
             yield stage.model.checkpoint

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from orchestrator.errors import StillhouseError, StorageError
+from orchestrator.secrecy import hide
 
 __all__ = ["Entry", "Files", "absolute_url", "open_files", "storage_errors"]
 
@@ -101,9 +102,9 @@ def storage_errors(place: str, doing: str) -> Iterator[None]:
         raise StorageError(f"cannot {doing} {place}: {error}. {_missing_library(place)}") from error
     except Exception as error:
         cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise StorageError(
-            f"cannot {doing} {place}: {cause}. {_room(error, place)}{_remedy(error)}"
-        ) from error
+        text = f"cannot {doing} {place}: {cause}. {_room(error, place)}{_remedy(error)}"
+        # Tracebacks show the library's own text as well, so where that holds a secret the chain ends here.
+        raise StorageError(hide(text)) from (error if hide(text) == text else None)
 
 
 def _room(error: Exception, place: str) -> str:

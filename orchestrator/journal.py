@@ -21,6 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.secrecy import hide_plain
+
 __all__ = ["DAMAGED", "EndStatus", "Journal", "Record", "read_records"]
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ Record = dict[str, Any]
 DAMAGED = "damaged"
 MAX_WAITING = 100_000
 """Records that wait in memory for a full disk; beyond it rows of numbers are left out."""
+FILES = frozenset({"artifact", "model"})
+"""Operations whose fields are paths of ours: they have to lead to the files."""
 
 
 class Journal:
@@ -141,7 +145,8 @@ class Journal:
     def _write(self, op: str, id: str, fields: Record) -> None:
         if op != "run" and id not in self._declared:
             raise ValueError(f"{op} for run {id!r}, which was not declared with run() before")
-        record = {"op": op, "id": id, "at": time.time(), **fields}
+        shown = fields if op in FILES else hide_plain(fields)
+        record = {"op": op, "id": id, "at": time.time(), **shown}
         line = (json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n").encode()
         with self._lock:
             if self._file < 0:

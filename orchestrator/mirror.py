@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from orchestrator.journal import DAMAGED, Record, read_records
+from orchestrator.secrecy import hide
 from orchestrator.tracking_state import MirrorState, SingleSender
 
 __all__ = ["Failure", "Follower", "Target", "grouped"]
@@ -237,4 +238,4 @@ def _size(path: Path) -> int:
 def _line(problem: Exception) -> str:
     """The first line of an exception's text, short enough for a log line."""
     text = str(problem).strip() or type(problem).__name__
-    return text.splitlines()[0][:300]
+    return hide(text.splitlines()[0])[:300]

@@ -58,6 +58,8 @@ class Monitor:
         self._spending = spending
         self._stopper = stopper
         self._cost_logged = 0.0
+        self._told: set[str] = set()
+        """Trials whose end tracking was told in this run."""
         self._looked = float("-inf")
         self._done: set[str] = set()
         self._current: dict[str, RunningStage] = {}
@@ -101,8 +103,16 @@ class Monitor:
                 f"warning: that {trial.point_id} was stopped early is not recorded, another run repeats it: {error}"
             )
 
+    def log_recalled(self) -> None:
+        """Tell tracking about trials that had ended before this run and that it does not know, as after a lost journal."""
+        for key, outcome in self._dispatcher.outcomes.items():
+            trial = self._dispatcher.trials[key]
+            if key not in self._told and not self._log.knows(trial):
+                self.log_trial(trial, outcome)
+
     def log_trial(self, trial: Trial, outcome: Outcome) -> None:
         """Tell tracking about a trial that has ended, in this run or before it."""
+        self._told.add(trial.key)
         uses = self._dispatcher.stage_uses()
         shared = {stage.key: uses[stage.key] > 1 for stage in trial.stages}
         paid = {stage.key for stage in trial.stages if stage.key in self._done and self._store.has(stage.key)}

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.plan_text import duration
+from orchestrator.secrecy import hide
 
 __all__ = ["Display", "RunningStage", "StageCount", "Status", "make_display"]
 
@@ -74,7 +75,7 @@ class Display:
 
     def event(self, text: str) -> None:
         """Something worth a line of its own."""
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(hide(text)), soft_wrap=True)
 
     def show(self, status: Status) -> None:
         pause = max(PLAIN_LINE_SECONDS, status.elapsed_seconds / 20)  # a long run needs fewer lines

@@ -29,6 +29,7 @@ from orchestrator.group_failures import GroupFailures, PauseBeforeCollateral
 from orchestrator.loop import Row, StopTraining
 from orchestrator.placement import WorkerSettings
 from orchestrator.plan import PlannedStage
+from orchestrator.secrecy import hide_in_logs
 from orchestrator.stage import StageRunner
 from orchestrator.workers import SOLO, TorchWorkers, Workers
 
@@ -217,6 +218,7 @@ def _train_in_group(config: dict[str, Any]) -> None:
 
 def _train(stages: StageRunner, stage: PlannedStage, fence: LeaseFence, workers: Workers) -> None:
     """Train, on the first worker with a fence of its own, so that earlier starts of this stage write no more."""
+    hide_in_logs()
     store = stages.store
     if workers.rank == 0:
         fence = replace(fence, group=uuid.uuid4().hex)

@@ -34,6 +34,8 @@ from orchestrator.errors import ConfigurationError
 from orchestrator.loop import Row
 from orchestrator.placement import held_by_trial, most_at_a_time
 from orchestrator.plan import Planner, Point, Trial
+from orchestrator.ray_nodes import num_promised_workers, wait_for_workers
+from orchestrator.secrecy import hide_in_logs
 from orchestrator.spec import ExperimentSpec, SchedulerSettings
 from orchestrator.trial import TrialRunner
 
@@ -109,6 +111,7 @@ def connect() -> None:
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if os.environ.get("RAY_ADDRESS") or _cluster_is_here():
         ray.init(**options)
+        wait_for_workers(num_promised_workers())
     else:
         ray.init(address="local", include_dashboard=False, **options)
 
@@ -346,6 +349,7 @@ def drive(
 
 
 def _run_trial(config: dict[str, Any], function: _TrialFunction) -> None:
+    hide_in_logs()
     function(config)
 
 
@@ -372,7 +376,7 @@ def make_scheduler(settings: SchedulerSettings, planner: Planner) -> Any:
 
 @contextlib.contextmanager
 def _interruptible(interrupt: Callable[[], None]) -> Iterator[None]:
-    """First Ctrl-C: finish cleanly. Second: now."""
+    """First Ctrl-C, or SIGTERM (a job that is stopped, a node that is drained): finish cleanly. Second: now."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -384,8 +388,9 @@ def _interruptible(interrupt: Callable[[], None]) -> Iterator[None]:
             raise KeyboardInterrupt
         interrupt()
 
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

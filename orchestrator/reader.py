@@ -9,6 +9,7 @@ from typing import Any
 
 from methods.catalog import Catalog
 from orchestrator.chain import Chain, resolve_chain, with_baseline
+from orchestrator.controls import PREFIX, control_baselines
 from orchestrator.data_section import DataSettings, parse_data
 from orchestrator.document import SECTIONS
 from orchestrator.errors import ConfigurationError
@@ -41,6 +42,8 @@ def parse_experiment(document: Mapping[str, Any], catalog: Catalog) -> Experimen
         )
     baselines = _parse_baselines(document.get("baselines"), problems)
     search = _parse_search(document.get("search"), stages, problems)
+    controls = _parse_controls(document.get("controls", False), stages, search, catalog, problems, data)
+    baselines |= controls
     run = parse(RunSettings, as_mapping(document.get("run"), "run", problems), "run", problems)
     if run is not None:
         _check_worker_stages(run, [stages, *baselines.values()], problems)
@@ -53,8 +56,9 @@ def parse_experiment(document: Mapping[str, Any], catalog: Catalog) -> Experimen
     if problems or data is None or search is None or run is None:
         raise ConfigurationError(*problems)
     return ExperimentSpec(
-        name=name, data=data, stages=stages, baselines=baselines, search=search, run=run, catalog=catalog
-    )
+        name=name, data=data, stages=stages, baselines=baselines, controls=tuple(controls), search=search,
+        run=run, catalog=catalog,
+    )  # fmt: skip
 
 
 def _check_worker_stages(run: RunSettings, chains: Sequence[Mapping[str, Any]], problems: Problems) -> None:
@@ -84,13 +88,32 @@ def _stage_mappings(value: Any, path: str, problems: Problems) -> dict[str, dict
 def _parse_baselines(value: Any, problems: Problems) -> dict[str, dict[str, dict[str, Any]]]:
     baselines = {}
     for label, stages in as_mapping(value, "baselines", problems).items():
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", label) or label in POINT_LABELS:
+        taken = label in POINT_LABELS or label.startswith(PREFIX)
+        if taken or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", label):
             problems.add(
                 f"baselines.{label}",
-                f"a baseline's name is letters, digits, '.', '_' or '-', and not one of {', '.join(POINT_LABELS)}",
+                f"a baseline's name is letters, digits, '.', '_' or '-', not {' or '.join(POINT_LABELS)}, and does not start with {PREFIX!r}",
             )
         baselines[label] = _stage_mappings(stages, f"baselines.{label}", problems)
     return baselines
+
+
+def _parse_controls(
+    value: Any,
+    stages: Mapping[str, Any],
+    search: SearchSettings | None,
+    catalog: Catalog,
+    problems: Problems,
+    data: DataSettings | None,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """What ``controls: true`` adds to the baselines; nothing while the stages themselves are wrong."""
+    if not isinstance(value, bool):
+        problems.add("controls", f"expected true or false, got {value!r}")
+    if value is not True or search is None:
+        return {}
+    target, own = search.objectives[0].stage, Problems()
+    chain = resolve_chain(stages, {}, target, catalog, own, data)
+    return {} if own else control_baselines(stages, chain, target, catalog, problems)
 
 
 def _parse_search(value: Any, stages: Mapping[str, Any], problems: Problems) -> SearchSettings | None:

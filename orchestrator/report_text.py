@@ -12,6 +12,7 @@ import pandas as pd
 
 from orchestrator.cost import NOTHING_SPENT, PriceSettings, Spent
 from orchestrator.report_cells import MISSING, Column, columns, setting, short_names, signed
+from orchestrator.report_controls import control_lines
 from orchestrator.report_cost import cost_lines
 from orchestrator.report_table import TrialRow, best, table
 from orchestrator.spec import Objective
@@ -33,6 +34,10 @@ class Report:
     objectives: Sequence[Objective]
     baseline: str | None = None
     """Label, or point id, of the point that the others are compared with."""
+    controls: Sequence[str] = ()
+    """Labels of the control runs; see ``orchestrator.controls``."""
+    baselines: Sequence[str] = ()
+    """Labels of all rows that are no points of the search."""
     description: str = ""
     """What was run, in a sentence or two."""
     command: str = ""
@@ -91,6 +96,9 @@ def to_markdown(report: Report) -> str:
         _markdown_table(frame),
         _reading(report, frame),
         _section("Verdict", _verdicts(report, frame)),
+        _section(
+            "Controls", control_lines(report.rows, report.objectives[0], report.controls, report.baselines)
+        ),
         _section("Cost", cost_lines(report.rows, report.prices, report.spent)),
         _section("Not finished", _unfinished(report)),
         _section("Pictures", _pictures(report)),

@@ -15,6 +15,7 @@ from orchestrator.cost import NOTHING_SPENT, Spent
 from orchestrator.errors import StorageError
 from orchestrator.plan import Point, Trial
 from orchestrator.report import Report, TrialRow
+from orchestrator.secrecy import hide
 from orchestrator.spec import ExperimentSpec
 from orchestrator.store import Store
 
@@ -129,7 +130,7 @@ class Result:
         report.cost_table(self.rows, self.spec.run.prices).to_csv(folder / "costs.csv", index=False)
         plots = self.plot() if any(row.history for row in self.rows) else []
         path = folder / "report.md"
-        path.write_text(report.to_markdown(self._report(folder, plots)), encoding="utf-8")
+        path.write_text(hide(report.to_markdown(self._report(folder, plots))), encoding="utf-8")
         return path
 
     def write_best(self, trial: Trial) -> Path:
@@ -144,6 +145,8 @@ class Result:
             rows=self.rows,
             objectives=self.spec.search.objectives,
             baseline=self.baseline,
+            controls=self.spec.controls,
+            baselines=list(self.spec.baselines),
             command=self.command,
             tracking_command=self.tracking_command,
             plots=[path for path in plots if path.suffix == ".png"],

@@ -65,6 +65,8 @@ def load_manifest(data: bytes, what: str) -> dict[str, Any]:
 
 def read_sealed(files: Files, folder: str, name: str, manifest: Mapping[str, Any], what: str) -> bytes:
     """Content of one file, verified against its manifest."""
+    if not SAFE_NAME.fullmatch(name):
+        raise _damaged(what, MANIFEST, "names of files in its own folder", f"{name!r}, which was not read")
     described = manifest["files"].get(name)
     if described is None:
         raise _damaged(

@@ -206,6 +206,8 @@ class ExperimentSpec:
     search: SearchSettings
     run: RunSettings
     catalog: Catalog
+    controls: tuple[str, ...] = ()
+    """Those of the baselines that ``controls: true`` added."""
 
     @property
     def target(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -60,10 +61,21 @@ def load_source(store: Store, key: str, catalog: Catalog) -> Source:
         settings=settings,
         model=model,
         task=task,
-        weights=load_tensors(store.read(key, "weights.safetensors")),
+        weights=_weights(key, store.read(key, "weights.safetensors")),
         inputs={role: load_source(store, source, catalog) for role, source in manifest["inputs"].items()},
         catalog=catalog,
     )
+
+
+def _weights(key: str, data: bytes) -> dict[str, torch.Tensor]:
+    try:
+        return dict(load_tensors(data))
+    except (
+        SafetensorError
+    ) as error:  # for instance a pickle, planted by somebody who can write to the storage
+        raise DamagedArtifactError(
+            f"artifact {key}: weights.safetensors is no safetensors file ({error}); it was not loaded"
+        ) from error
 
 
 @dataclass(frozen=True)

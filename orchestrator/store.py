@@ -28,6 +28,7 @@ from orchestrator.errors import ConfigurationError, DamagedArtifactError, Missin
 from orchestrator.filesystem import absolute_url, open_files
 from orchestrator.garbage import collect
 from orchestrator.lease import Holder, Lease, Leases, newest_generation
+from orchestrator.redact import redact
 from orchestrator.sealed import (
     MANIFEST,
     check_file_names,
@@ -66,7 +67,7 @@ class Store:
         Store.__init__(self, state["url"], clock=state["clock"], lease_seconds=state["lease_seconds"])
 
     def __repr__(self) -> str:
-        return f"Store({self.url!r})"
+        return f"Store({redact(self.url)!r})"
 
     def check_writable(self) -> None:
         """Write, read back and delete a megabyte: ``StorageError`` with url, cause and remedy if that fails."""
@@ -80,7 +81,7 @@ class Store:
             if self._files.create(path, b"another"):
                 logger.warning(
                     "%s replaces files that it was asked only to create: two workers may run the same stage",
-                    self.url,
+                    redact(self.url),
                 )
         finally:
             self._tidy(path)
@@ -147,7 +148,7 @@ class Store:
         self._files.delete(_marker(key))
         for attempt in self._files.names(_folder(key)):
             self._files.move(f"{_folder(key)}/{attempt}", f"{place}/{attempt}")
-        logger.warning("%s is set aside in %s/%s: %s", self._name(key), self.url, place, reason)
+        logger.warning("%s is set aside in %s/%s: %s", self._name(key), redact(self.url), place, reason)
 
     def keys(self) -> Iterator[str]:
         """Keys of all complete artifacts, in order."""
@@ -240,6 +241,10 @@ class Store:
                 raise ValueError(f"inputs map roles to keys, got {role!r}: {source!r}")
 
     def _read(self, key: str, name: str, manifest: Mapping[str, Any]) -> bytes:
+        if not PART.fullmatch(str(manifest["attempt"])):  # whoever writes to the storage may have made it up
+            raise DamagedArtifactError(
+                f"{self._name(key)} is damaged: its manifest names the attempt {manifest['attempt']!r}, which leaves its folder. Set it aside and build it again"
+            )
         return read_sealed(
             self._files, f"{_folder(key)}/{manifest['attempt']}", name, manifest, self._name(key)
         )
@@ -251,7 +256,7 @@ class Store:
                 yield parts[2]
 
     def _name(self, key: str) -> str:
-        return f"artifact {key} in {self.url}"
+        return f"artifact {key} in {redact(self.url)}"
 
     def _tidy(self, path: str) -> None:
         """Remove our own leftovers; the storage may be failing just now, and then ``gc`` finds them later."""

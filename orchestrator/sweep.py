@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from methods.data.base import ImageData
 from orchestrator.account import Account, read_spent
@@ -16,7 +17,7 @@ from orchestrator.cost import Spent
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.ending import Endings
 from orchestrator.errors import ConfigurationError, StorageError
-from orchestrator.facts import data_sections, gather_facts
+from orchestrator.facts import data_sections, files_on_every_node, gather_facts
 from orchestrator.journal import EndStatus, Journal
 from orchestrator.keys import Facts
 from orchestrator.monitor import Monitor
@@ -32,7 +33,11 @@ from orchestrator.stopping import Stopper
 from orchestrator.store import Store
 from orchestrator.sweep_log import SweepLog
 from orchestrator.tracking import Mirror, ui_command
+from orchestrator.tracking_uri import absolute
 from orchestrator.trial import TrialRunner
+
+if TYPE_CHECKING:
+    from orchestrator.preflight import Preflight
 
 __all__ = ["Sweep"]
 
@@ -95,6 +100,25 @@ class Sweep:
         )
         return replace(plan, spent=read_spent(self.store, self.spec.name).total)
 
+    def preflight(self) -> Preflight:
+        """Ask every node of the cluster at hand whether it can do its part. Joins the cluster; starts no stage."""
+        from orchestrator.endpoints import allowed_open
+        from orchestrator.preflight import run_preflight
+        from orchestrator.ray_tune import connect
+
+        self.facts  # noqa: B018 - data that is not even here is refused first
+        connect()
+        return run_preflight(
+            self.store.url,
+            absolute(self.tracking_uri),
+            files_on_every_node(self.spec),
+            lease_seconds=self.spec.run.lease_seconds,
+            needs_gpu=any(
+                self.spec.run.for_stage(name).gpus_per_worker > 0 for name in self.spec.stage_names
+            ),
+            allow_open=allowed_open(),
+        )
+
     def result(self) -> Result:
         """What the store knows of this sweep, without running anything."""
         endings = Endings(self.store, self.spec.search)
@@ -142,7 +166,6 @@ class Sweep:
 
     def _drive(self, endings: Endings, log: SweepLog, display: Display, run_id: str) -> _Run:
         dispatcher = self._dispatcher(endings.recall)
-        recalled = [(dispatcher.trials[key], outcome) for key, outcome in dispatcher.outcomes.items()]
         costs = CostHistory(self.store)
         spending = Spending(Account(self.store, self.spec.name, run_id), self.spec.run)
         run = _Run(dispatcher, spending, Stopper(dispatcher, self.store, display, run_id))
@@ -153,12 +176,11 @@ class Sweep:
             dispatcher, self.store, log, display, name=self.spec.name, objective=self.spec.search.objectives[0],
             endings=endings, costs=costs, slots=slots, spending=spending, stopper=run.stopper,
         )  # fmt: skip
-        for trial, outcome in recalled:
-            if not log.knows(trial):
-                monitor.log_trial(trial, outcome)
+        monitor.log_recalled()
         try:
             if not dispatcher.finished:
                 self._run_on_ray(run, monitor, run_id, slots)
+                monitor.log_recalled()
         finally:
             spending.write(now=True)
             run.stopper.clear()
@@ -168,7 +190,15 @@ class Sweep:
         from orchestrator.ray_tune import connect, trial_slots
 
         connect()
+        self._refuse_unfit_cluster()
         return trial_slots(self.spec)
+
+    def _refuse_unfit_cluster(self) -> None:
+        """On several nodes, each is asked first whether it can do its part; on one there is nothing to compare."""
+        from orchestrator.ray_preflight import alive_nodes
+
+        if len(alive_nodes()) > 1 and (problems := self.preflight().problems):
+            raise ConfigurationError(*problems, "nothing was started; `stillhouse preflight` shows the table")
 
     def _run_on_ray(self, run: _Run, monitor: Monitor, run_id: str, slots: int) -> None:
         from orchestrator.ray_train import StageExecute

@@ -24,8 +24,9 @@ from orchestrator.bundle import BundleSettings, read_bundle, requirements
 from orchestrator.errors import StillhouseError
 from orchestrator.journal import Record
 from orchestrator.mirror import DATA, Failure, Follower
+from orchestrator.redact import redact
 from orchestrator.tracking_state import MirrorState
-from orchestrator.tracking_uri import absolute, artifact_folder, reach, redacted, ui_command
+from orchestrator.tracking_uri import absolute, artifact_folder, reach, ui_command
 from orchestrator.tracking_values import (
     ID_TAG,
     MAX_METRICS,
@@ -103,7 +104,7 @@ class Mirror:
         if run_id is None or not self.tracking_uri.startswith("http"):
             return None
         experiment_id = self._follower.state.experiment_id
-        return f"{redacted(self.tracking_uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+        return f"{redact(self.tracking_uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
 
     @property
     def num_rejected(self) -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from orchestrator.errors import ConfigurationError
+from orchestrator.redact import redact
 
-__all__ = ["absolute", "artifact_folder", "reach", "redacted", "ui_command"]
+__all__ = ["absolute", "artifact_folder", "reach", "ui_command"]
 
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 OTHER_SCHEMES = ("databricks", "uc")
@@ -36,10 +37,10 @@ def absolute(tracking_uri: str) -> str:
         return SQLITE + str(_sqlite_path(tracking_uri))
     if scheme in DATABASE_PORTS or scheme in ("http", "https"):
         if not urlsplit(tracking_uri).hostname:
-            raise ConfigurationError(f"tracking uri {redacted(tracking_uri)!r} names no host")
+            raise ConfigurationError(f"tracking uri {redact(tracking_uri)!r} names no host")
     elif scheme not in OTHER_SCHEMES and scheme not in _plugin_schemes():
         raise ConfigurationError(
-            f"tracking uri {redacted(tracking_uri)!r}: MLflow does not know the scheme {scheme!r}; "
+            f"tracking uri {redact(tracking_uri)!r}: MLflow does not know the scheme {scheme!r}; "
             "use sqlite:///PATH/mlflow.db, http://HOST:PORT or https://HOST"
         )
     return tracking_uri
@@ -60,8 +61,8 @@ def reach(tracking_uri: str, timeout_seconds: float = 4.0) -> str | None:
 def ui_command(tracking_uri: str) -> str:
     """What to type, or to open in a browser, to see the runs."""
     if _scheme(tracking_uri) in ("http", "https"):
-        return redacted(tracking_uri)
-    return f"mlflow ui --backend-store-uri {shlex.quote(redacted(tracking_uri))}"
+        return redact(tracking_uri)
+    return f"mlflow ui --backend-store-uri {shlex.quote(redact(tracking_uri))}"
 
 
 def artifact_folder(tracking_uri: str) -> str | None:
@@ -70,15 +71,6 @@ def artifact_folder(tracking_uri: str) -> str | None:
         return None
     path = _sqlite_path(tracking_uri)
     return (path.parent / f"{path.stem}-artifacts").as_uri()
-
-
-def redacted(tracking_uri: str) -> str:
-    """The URI without its password, for messages and files."""
-    parts = urlsplit(tracking_uri)
-    if parts.password is None:
-        return tracking_uri
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{host}"))
 
 
 def _scheme(tracking_uri: str) -> str:
@@ -116,7 +108,7 @@ def _reach_file(path: Path) -> str | None:
 
 
 def _reach_server(tracking_uri: str, timeout_seconds: float) -> str | None:
-    where = f"the MLflow server {redacted(tracking_uri)}"
+    where = f"the MLflow server {redact(tracking_uri)}"
     parts = urlsplit(tracking_uri)
     plain = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     try:
@@ -126,7 +118,7 @@ def _reach_server(tracking_uri: str, timeout_seconds: float) -> str | None:
         if answer.code in (401, 403):
             return None
         if answer.code == 404:
-            return f"something answers at {redacted(tracking_uri)}, but it is not an MLflow server (no /health page)"
+            return f"something answers at {redact(tracking_uri)}, but it is not an MLflow server (no /health page)"
         return f"{where} answers with HTTP {answer.code}"
     except urllib.error.URLError as problem:
         return f"{where} cannot be reached: {problem.reason}"
@@ -134,7 +126,7 @@ def _reach_server(tracking_uri: str, timeout_seconds: float) -> str | None:
         return f"{where} does not answer within {timeout_seconds:g} s: {problem}"
     except ValueError as problem:
         raise ConfigurationError(
-            f"tracking uri {redacted(tracking_uri)!r} is not an address: {problem}"
+            f"tracking uri {redact(tracking_uri)!r} is not an address: {problem}"
         ) from None
 
 
@@ -144,5 +136,5 @@ def _reach_database(tracking_uri: str, timeout_seconds: float) -> str | None:
     try:
         socket.create_connection((str(parts.hostname), port), timeout=timeout_seconds).close()
     except OSError as problem:
-        return f"the database {redacted(tracking_uri)} cannot be reached: {problem}"
+        return f"the database {redact(tracking_uri)} cannot be reached: {problem}"
     return None

@@ -22,6 +22,7 @@ from orchestrator.errors import (
 from orchestrator.lease import Lease
 from orchestrator.loop import Row, StopTraining
 from orchestrator.plan import PlannedStage, Trial
+from orchestrator.secrecy import hide
 from orchestrator.spec import Objective
 from orchestrator.store import Store
 
@@ -71,7 +72,9 @@ class TrialRunner:
         except (_BusyElsewhereError, StopTraining):
             return Outcome(status="deferred")
         except Exception as error:  # the outcome carries it: type, text and, in the store, the traceback
-            return Outcome(status="failed", reason=f"{type(error).__name__.removesuffix('Error')}: {error}")
+            return Outcome(
+                status="failed", reason=hide(f"{type(error).__name__.removesuffix('Error')}: {error}")
+            )
 
     def _walk(self, trial: Trial, report: Callable[[Row], bool | None]) -> Outcome:
         for stage in () if self.store.has(trial.key) else trial.stages:
@@ -147,9 +150,9 @@ class TrialRunner:
         record = {
             "name": stage.name,
             "kind": type(error).__name__,
-            "reason": str(error),
+            "reason": hide(str(error)),
             "run": self.run_id,
-            "traceback": traceback.format_exc(),
+            "traceback": hide(traceback.format_exc()),
             "at": time.time(),
         }
         self.store.write_json(failure_path(stage.key), record)

@@ -17,12 +17,17 @@ TEXTS = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
-RAY = {"orchestrator/ray_tune.py", "orchestrator/ray_train.py", "orchestrator/group_failures.py", "orchestrator/submit.py"}  # fmt: skip
+RAY = {
+    *("orchestrator/ray_tune.py", "orchestrator/ray_train.py", "orchestrator/group_failures.py"),
+    *("orchestrator/ray_nodes.py", "orchestrator/ray_preflight.py"),
+    *("orchestrator/submit.py", "orchestrator/submit_jobs.py"),
+}
 MLFLOW = {"orchestrator/tracking.py"}
 OPTUNA = {"orchestrator/search.py"}
 PURE = (
-    *("plan", "placement", "space", "keys", "spec", "chain", "reader", "settings", "search", "dispatch", "references"),
-    *("data_section", "cost", "budget", "statistics"),
+    *("plan", "placement", "space", "keys", "spec", "chain", "reader", "settings", "search", "dispatch"),
+    *("references", "data_section", "cost", "budget", "statistics", "redact", "portable"),
+    *("preflight_judge", "controls"),
 )
 OUTSIDE = {"ray", "mlflow", "fsspec", "s3fs", "boto3", "requests", "urllib", "socket", "subprocess", "shutil", "tempfile", "os", "pathlib", "io", "time"}  # fmt: skip
 IMPURE = {

@@ -55,7 +55,7 @@ class AngularViews(Method):
 
     Settings = AngularViewsSettings
     inputs: ClassVar[Mapping[str, frozenset[str]]] = {"teacher": frozenset({"logits", "pooled"})}
-    emits: ClassVar[frozenset[str]] = frozenset({"logits", "pooled", "views"})
+    emits: ClassVar[frozenset[str]] = frozenset({"logits", "pooled", "maps", "views"})
     needs_model: ClassVar[bool] = False
     train_defaults: ClassVar[Mapping[str, Any]] = {
         "epochs": 30,

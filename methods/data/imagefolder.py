@@ -73,6 +73,16 @@ class ImageFolder:
         mean, std = channel_statistics(train.pixels, max_images=STATISTICS_IMAGES)
         return ImageData(train=train, test=test, class_names=tuple(train_files), mean=mean, std=std)
 
+    def reads_while_used(self) -> bool:
+        """Whether images are read from their files in every batch, so that each machine that trains needs the files."""
+        splits = (_classes(split).values() for split in self._splits())
+        return not all(self._fits(sum(len(files) for files in split)) for split in splits)
+
+    def _fits(self, num_images: int) -> bool:
+        """Whether a split of so many images is decoded once and kept."""
+        size = num_images * self.channels * self.image_size**2
+        return self.in_memory == "always" or (self.in_memory == "auto" and size <= MEMORY_BYTES)
+
     def _splits(self) -> tuple[Path, Path]:
         root = folder(self.root)
         test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
@@ -84,8 +94,7 @@ class ImageFolder:
         labels = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
         files = tuple(file for files in classes.values() for file in files)
         source = FolderPixels(files, self.image_size, self.channels)
-        fits = int(np.prod(source.shape)) <= MEMORY_BYTES
-        if self.in_memory == "always" or (self.in_memory == "auto" and fits):
+        if self._fits(len(files)):
             return Images(source.gather(np.arange(len(files))), labels)
         return Images(source, labels)
 

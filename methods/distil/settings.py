@@ -50,3 +50,8 @@ def without_effect(settings: DistilledSettings) -> frozenset[str]:
     if settings.kd_weight == 0 and isinstance(settings, TemperedSettings):
         names |= {"temperature"}
     return frozenset(names)
+
+
+def warmup_factor(epoch: int, warmup_epochs: int) -> float:
+    """How much of its weight a loss has in ``epoch`` (counted from 0): it grows linearly, and the first is not 0."""
+    return min((epoch + 1) / max(warmup_epochs, 1), 1.0)

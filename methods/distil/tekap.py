@@ -64,7 +64,7 @@ class Tekap(Method):
 
     Settings = TekapSettings
     inputs: ClassVar[Mapping[str, frozenset[str]]] = {"teacher": frozenset({"logits", "pooled"})}
-    emits: ClassVar[frozenset[str]] = frozenset({"logits", "pooled", "copies"})
+    emits: ClassVar[frozenset[str]] = frozenset({"logits", "pooled", "maps", "copies"})
     needs_model: ClassVar[bool] = False
     trains: ClassVar[bool] = False
     train_defaults: ClassVar[Mapping[str, Any]] = {"epochs": 0}

@@ -6,6 +6,9 @@ import torch
 from torch import nn
 
 from methods.base import ModelFactory, ModelSettings, Task
+from methods.models.maps import Activation, MapReader, MapTaps, map_taps, stage_taps
+from methods.models.mobilenet_v2_cifar import mobilenet_v2_half
+from methods.models.resnet50_cifar import resnet50
 from methods.models.resnet_cifar import (
     resnet8,
     resnet8x4,
@@ -15,24 +18,49 @@ from methods.models.resnet_cifar import (
     resnet56,
     resnet110,
 )
-from methods.models.tapped import Tapped, Taps, evaluating
+from methods.models.shufflenet_cifar import shuffle_v1, shuffle_v2
+from methods.models.tapped import Features, Tapped, Taps, evaluating
 from methods.models.timm_factory import TimmFactory, timm_factory
 from methods.models.tiny import mini_cnn, tiny_cnn, tiny_mlp
+from methods.models.vgg_cifar import vgg8, vgg13
 from methods.models.weights import apply_weights, load_weights
+from methods.models.wide_resnet import wrn_16_2, wrn_40_1, wrn_40_2
 
-__all__ = ["MODELS", "Tapped", "Taps", "build_model", "classifier_path", "timm_factory"]
+__all__ = [
+    "MODELS",
+    "Activation",
+    "Features",
+    "MapReader",
+    "MapTaps",
+    "Tapped",
+    "Taps",
+    "build_model",
+    "classifier_path",
+    "map_taps",
+    "stage_taps",
+    "timm_factory",
+]
 
 MODELS: dict[str, ModelFactory] = {
     "mini_cnn": mini_cnn,
+    "mobilenet_v2_half": mobilenet_v2_half,
     "resnet8": resnet8,
     "resnet8x4": resnet8x4,
     "resnet20": resnet20,
     "resnet32": resnet32,
     "resnet32x4": resnet32x4,
+    "resnet50": resnet50,
     "resnet56": resnet56,
     "resnet110": resnet110,
+    "shuffle_v1": shuffle_v1,
+    "shuffle_v2": shuffle_v2,
     "tiny_cnn": tiny_cnn,
     "tiny_mlp": tiny_mlp,
+    "vgg8": vgg8,
+    "vgg13": vgg13,
+    "wrn_16_2": wrn_16_2,
+    "wrn_40_1": wrn_40_1,
+    "wrn_40_2": wrn_40_2,
 }
 """Name -> ``factory(num_classes=..., in_channels=...)``; the networks give plain logits. See also ``timm/NAME``."""
 

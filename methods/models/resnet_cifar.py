@@ -4,8 +4,7 @@ They differ from the ImageNet family of torchvision and timm: a 3x3 stem of stri
 ``(depth - 2) / 6`` basic blocks, a global average pool. Deeper layers halve the side twice, so any image of 8x8
 or more fits. A shortcut is the identity, or a 1x1 convolution with batch norm wherever the shape changes.
 
-Paths to tap: ``stages.K`` gives the map after the stage's last activation, the *input* of
-``stages.K.-1.activation`` the one before it, the input of ``classifier`` the pooled vector.
+A stage's map is read behind its last activation, or as the *input* of that activation.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.models.initialise import initialise
+from methods.models.maps import MapTaps
 
 
 class BasicBlock(nn.Module):
@@ -71,6 +71,13 @@ class ResNetCifar(nn.Module):
             _stage(widths[2], widths[3], num_blocks, stride=2),
         )
         self.classifier = nn.Linear(widths[3], num_classes)
+        self.map_taps = MapTaps(
+            stem="stem",
+            stages=tuple(f"stages.{stage}" for stage in range(3)),
+            before_activation=tuple(
+                f"stages.{stage}.{num_blocks - 1}.activation:input" for stage in range(3)
+            ),
+        )
         initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:

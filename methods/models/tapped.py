@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from methods.names import did_you_mean
+
+Recorded = tuple[Tensor, int]
+"""A tensor and how often it had been changed in place when it was read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,32 +29,59 @@ class Taps:
     """Paths as in ``named_modules()``, for instance ``classifier``."""
     outputs: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """How ``run`` names what it recorded: first the inputs, then the outputs."""
+        return (*(f"{path}:input" for path in self.inputs), *self.outputs)
+
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, with near names, when a path does not exist in ``network``."""
         for path in (*self.inputs, *self.outputs):
             find_module(network, path)
 
     def run(self, network: nn.Module, images: Tensor) -> tuple[Any, dict[str, Tensor]]:
-        """Run ``network`` on ``images``: its result, and path -> recorded tensor.
+        """Run ``network`` on ``images``: its result, and ``PATH`` -> output, ``PATH:input`` -> first input.
 
-        A path that stands in both ``inputs`` and ``outputs`` gives its output. Raises ValueError for a path that
-        does not exist, RuntimeError for one that did not run, or ran twice.
+        Raises ValueError for a path that does not exist, RuntimeError for one that did not run, ran twice, or whose tensor was changed in place later.
         """
-        recorded: dict[str, Tensor] = {}
+        recorded: dict[str, Recorded] = {}
         with ExitStack() as hooks:
-            for path in set(self.inputs) - set(self.outputs):
+            for path in set(self.inputs):
                 hook = find_module(network, path).register_forward_pre_hook(_input_recorder(path, recorded))
                 hooks.callback(hook.remove)
-            for path in self.outputs:
+            for path in set(self.outputs):
                 after = find_module(network, path).register_forward_hook(_output_recorder(path, recorded))
                 hooks.callback(after.remove)
             result = network(images)
-        missing = {*self.inputs, *self.outputs} - recorded.keys()
+        self._refuse_what_cannot_be_read(network, recorded)
+        return result, {path: value for path, (value, _) in recorded.items()}
+
+    def _refuse_what_cannot_be_read(self, network: nn.Module, recorded: dict[str, Recorded]) -> None:
+        missing = set(self.names) - recorded.keys()
         if missing:
             raise RuntimeError(
                 f"{type(network).__name__} did not run its modules {sorted(missing)}: tap others"
             )
-        return result, recorded
+        changed = [path for path, (value, version) in recorded.items() if _version(value) != version]
+        if changed:
+            raise RuntimeError(
+                f"{type(network).__name__} changes in place what its modules {sorted(changed)} pass: tap the module "
+                "behind them, or build the network without in-place operations"
+            )
+
+
+class Features(NamedTuple):
+    """What a network says of a batch, with what was read inside it."""
+
+    logits: Tensor
+    """``[B, C]``"""
+    pooled: Tensor
+    """The vector that enters the classifier, ``[B, D]``."""
+    maps: tuple[Tensor, ...] = ()
+    """One tensor for each tap that was asked for."""
+
+
+NO_TAPS = Taps()
 
 
 class Tapped(nn.Module):
@@ -70,8 +100,14 @@ class Tapped(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[B, C]`` and pooled features ``[B, D]`` of images ``[B, 3, H, W]``."""
-        logits, recorded = Taps(inputs=(self.classifier_path,)).run(self.network, images)
-        pooled = recorded[self.classifier_path]
+        logits, pooled, _ = self.features(images)
+        return logits, pooled
+
+    def features(self, images: Tensor, taps: Taps = NO_TAPS) -> Features:
+        """Logits, pooled features, and what ``taps`` read: first their inputs, then their outputs."""
+        every = Taps(inputs=(self.classifier_path, *taps.inputs), outputs=taps.outputs)
+        logits, recorded = every.run(self.network, images)
+        pooled = recorded[f"{self.classifier_path}:input"]
         if pooled.dim() == 4 and pooled.shape[2:] == (1, 1):  # a classifier written as a 1x1 convolution
             pooled = pooled.flatten(1)
         if pooled.dim() != 2:
@@ -79,7 +115,7 @@ class Tapped(nn.Module):
             raise ValueError(
                 f"{self.classifier_path!r} takes {shape}, not a pooled vector [B, D]: choose another"
             )
-        return logits, pooled
+        return Features(logits, pooled, tuple(recorded[name] for name in taps.names))
 
 
 def find_module(network: nn.Module, path: str) -> nn.Module:
@@ -118,25 +154,34 @@ def _input_width(classifier: nn.Module, path: str) -> int:
     )
 
 
-def _record(path: str, value: Any, recorded: dict[str, Tensor]) -> None:
+def _record(path: str, value: Any, recorded: dict[str, Recorded]) -> Tensor:
     if path in recorded:
         raise RuntimeError(f"module {path!r} ran twice in one forward pass: its feature is ambiguous")
     if not isinstance(value, Tensor):
         raise RuntimeError(
             f"module {path!r} passes a {type(value).__name__}, not a tensor: tap another module"
         )
-    recorded[path] = value
+    recorded[path] = value, _version(value)
+    return value
 
 
-def _input_recorder(path: str, recorded: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        _record(path, arguments[0] if arguments else None, recorded)
+def _version(value: Tensor) -> int:
+    return 0 if value.is_inference() else value._version
+
+
+def _input_recorder(
+    path: str, recorded: dict[str, Recorded]
+) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
+    def before(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        value = _record(f"{path}:input", arguments[0] if arguments else None, recorded)
+        # A module that works in place gets its own copy, so that what was read stays as it was.
+        return (value.clone(), *arguments[1:]) if getattr(module, "inplace", False) else None
 
     return before
 
 
 def _output_recorder(
-    path: str, recorded: dict[str, Tensor]
+    path: str, recorded: dict[str, Recorded]
 ) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
     def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         _record(path, output, recorded)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.models.initialise import initialise
+from methods.models.maps import MapTaps
 
 
 class TinyConvNet(nn.Module):
@@ -38,6 +39,13 @@ class TinyConvNet(nn.Module):
             before = after
         self.layers = nn.Sequential(*layers)
         self.classifier = nn.Linear(widths[-1], num_classes)
+        # Every layer is a convolution, a norm and an activation; the first is the stem.
+        later = range(1, len(widths))
+        self.map_taps = MapTaps(
+            stem="layers.2",
+            stages=tuple(f"layers.{3 * layer + 2}" for layer in later),
+            before_activation=tuple(f"layers.{3 * layer + 1}" for layer in later),
+        )
         initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:

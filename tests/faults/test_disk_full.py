@@ -150,6 +150,9 @@ def test_a_full_disk_of_the_journal_only_costs_no_trial(
         pd.testing.assert_frame_equal(table(result), table(undisturbed))
         assert caplog.text.count("journal.jsonl cannot be written: [Errno 28]") == 1
         assert "tracking records could not be written" in told
+    assert not (storage / "sweeps" / "faults" / "journal.jsonl").exists(), (
+        "unmounted: the whole journal is lost"
+    )
     made.run(quiet=True)
     assert count_runs(uri) == {"sweep": 1, "trial": NUM_TRIALS, "stage": NUM_STAGES}
 

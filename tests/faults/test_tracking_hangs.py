@@ -93,8 +93,10 @@ def test_a_silent_server_costs_seconds_and_no_record(sweep_of, tmp_path, capsys)
     assert ended - finished < AWAY_SECONDS + 30, "the end waited for a server that was known to be away"
     assert min(manifest["finished"] for manifest in manifests) - started > CHECK_SECONDS
 
-    alone = sweep_of(tmp_path / "alone", tracking=f"sqlite:///{tmp_path / 'mlflow.db'}").run(quiet=True)
-    assert training_seconds(result) < 3 * training_seconds(alone) + 5, "training waited for the server"
+    stages = [result.store.manifest(key) for key in list(result.store.keys())]
+    training = sum(stage["cost"]["seconds"] for stage in stages)
+    first = min(stage["finished"] - stage["cost"]["seconds"] for stage in stages)
+    assert finished - first < training + 20, "stages waited for the server"
 
     silent.stop()
     with real_server(tmp_path, silent.port):
@@ -108,12 +110,3 @@ def test_a_silent_server_costs_seconds_and_no_record(sweep_of, tmp_path, capsys)
             "stage": NUM_STAGES,
         }
         assert {run.info.status for run in runs} == {"FINISHED"}
-
-
-def training_seconds(result) -> float:
-    """From the first epoch to the end of the last stage."""
-    keys = list(result.store.keys())
-    manifests = [result.store.manifest(key) for key in keys]
-    return max(found["finished"] for found in manifests) - min(
-        found["finished"] - found["cost"]["seconds"] for found in manifests
-    )

@@ -27,10 +27,20 @@ class MethodCase:
     """Role -> name of the case whose artifact fills it."""
     weights: tuple[str, ...] = ()
     """Settings that may be 0, one at a time."""
+    beside: tuple[str, ...] = ()
+    """Modules and buffers of its own that train or remember beside network and branches: part of a checkpoint."""
 
 
 VIEW_WEIGHTS = ("feature_inter_weight", "feature_intra_weight", "logit_inter_weight", "logit_intra_weight")
 STUDENT_WEIGHTS = ("kd_weight", "ce_weight", "view_weight")
+CRD_MODULES = (
+    "student_embedding",
+    "teacher_embedding",
+    "student_bank",
+    "teacher_bank",
+    "seed",
+    "normalisers",
+)
 SMALL: dict[str, Any] = {"num_branches": 3}
 
 CASES: dict[str, MethodCase] = {
@@ -44,6 +54,82 @@ CASES: dict[str, MethodCase] = {
         inputs={"teacher.0": "supervised", "teacher.1": "kd"},
         weights=("kd_weight", "ce_weight"),
     ),
+    "attention": MethodCase(
+        method="attention", inputs={"teacher": "supervised"}, weights=("attention_weight", "ce_weight")
+    ),
+    "fitnet": MethodCase(
+        method="fitnet",
+        inputs={"teacher": "supervised"},
+        weights=("hint_weight", "ce_weight"),
+        beside=("regressor",),
+    ),
+    "review": MethodCase(
+        method="review",
+        inputs={"teacher": "supervised"},
+        weights=("review_weight", "ce_weight"),
+        beside=("fusions",),
+    ),
+    "review-of-views": MethodCase(
+        method="review",
+        settings={"kd_weight": 1.0},
+        inputs={"teacher": "views"},
+        weights=("review_weight", "kd_weight", "view_weight"),
+        beside=("fusions",),
+    ),
+    "rkd": MethodCase(
+        method="rkd",
+        inputs={"teacher": "supervised"},
+        weights=("distance_weight", "angle_weight", "ce_weight"),
+    ),
+    "similarity": MethodCase(
+        method="similarity", inputs={"teacher": "supervised"}, weights=("similarity_weight", "ce_weight")
+    ),
+    "crd": MethodCase(
+        method="crd",
+        settings={"num_negatives": 64},
+        inputs={"teacher": "supervised"},
+        weights=("crd_weight", "ce_weight", "bank_momentum"),
+        beside=CRD_MODULES,
+    ),
+    "crd-of-copies": MethodCase(
+        method="crd",
+        settings={"num_negatives": 64},
+        inputs={"teacher": "tekap"},
+        weights=("crd_weight", "ce_weight"),
+        beside=CRD_MODULES,
+    ),
+    "crd-of-views-combined": MethodCase(
+        method="crd",
+        settings={"num_negatives": 64, "kd_weight": 1.0},
+        inputs={"teacher": "views"},
+        weights=("crd_weight", "kd_weight", "ce_weight", "view_weight"),
+        beside=CRD_MODULES,
+    ),
+    "dkd": MethodCase(
+        method="dkd",
+        inputs={"teacher": "supervised"},
+        weights=("kd_weight", "ce_weight", "label_class_weight", "other_classes_weight"),
+    ),
+    "dkd-standardised": MethodCase(
+        method="dkd", settings={"standardise": True}, inputs={"teacher": "supervised"}, weights=("kd_weight",)
+    ),
+    "dkd-of-views": MethodCase(
+        method="dkd", inputs={"teacher": "views"}, weights=("kd_weight", "ce_weight", "view_weight")
+    ),
+    "mlkd": MethodCase(method="mlkd", inputs={"teacher": "supervised"}, weights=("kd_weight", "ce_weight")),
+    "mlkd-clean": MethodCase(
+        method="mlkd",
+        settings={"variant": "clean", "standardise": True},
+        inputs={"teacher": "supervised"},
+        weights=("kd_weight", "ce_weight"),
+    ),
+    "dist": MethodCase(
+        method="dist",
+        inputs={"teacher": "supervised"},
+        weights=("kd_weight", "ce_weight", "inter_weight", "intra_weight"),
+    ),
+    "lskd": MethodCase(method="lskd", inputs={"teacher": "supervised"}, weights=("kd_weight", "ce_weight")),
+    "pskd": MethodCase(method="pskd", weights=("kd_weight",), beside=("predictions",)),
     "views": MethodCase(
         method="angular_views", settings=SMALL, inputs={"teacher": "supervised"}, weights=VIEW_WEIGHTS
     ),
@@ -119,15 +205,18 @@ def make_batch(size: int = 12, *, seed: int = 1, scale: float = 1.0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     images = scale * torch.randn(size, 1, 8, 8, generator=generator)
     labels = torch.randint(TASK.num_classes, (size,), generator=generator)
-    return Batch(images=images, labels=labels, indices=torch.arange(size))
+    strong = images.flip(-1) * 0.5
+    return Batch(images=images, labels=labels, indices=torch.arange(size), strong=strong)
 
 
-def trained_steps(method: Method, num_steps: int, *, learning_rate: float = 0.01) -> list[Tensor]:
-    """Totals of plain SGD steps on changing batches."""
+def trained_steps(
+    method: Method, num_steps: int, *, learning_rate: float = 0.01, first: int = 0
+) -> list[Tensor]:
+    """Totals of plain SGD steps on changing batches, from number ``first`` on."""
     optimizer = torch.optim.SGD(method.parameters(), lr=learning_rate)
     method.train()
     totals = []
-    for step in range(num_steps):
+    for step in range(first, first + num_steps):
         total = method(make_batch(seed=step)).total
         optimizer.zero_grad()
         total.backward()

@@ -90,6 +90,19 @@ def test_a_weight_of_zero_trains(name: str, weight: str) -> None:
 
 
 @every_trained_case
+def test_resumed_equals_uninterrupted_to_the_bit(name: str) -> None:
+    whole, first, second = build(name), build(name), build(name, seed=5)
+    torch.manual_seed(11)
+    expected = trained_steps(whole, 4)
+    torch.manual_seed(11)
+    found = trained_steps(first, 2)
+    second.load_state_dict({key: value.clone() for key, value in first.state_dict().items()})
+    found += trained_steps(second, 2, first=2)
+    assert found == expected
+    assert all(torch.equal(value, second.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+@every_trained_case
 def test_a_batch_of_one_trains(name: str) -> None:
     method = build(name)
     step = method(make_batch(1))
@@ -142,10 +155,16 @@ def test_a_checkpoint_holds_no_teacher(name: str) -> None:
     for teacher in teachers_of(method):
         theirs = {tensor.data_ptr() for tensor in teacher.network.state_dict().values()}
         assert not ours & theirs
+    own = {
+        key: value
+        for key, value in method.state_dict().items()
+        if key.partition(".")[0] not in CASES[name].beside
+    }
     num_expected = sum(value.numel() for value in method.artifact().state_dict().values())
     if getattr(method, "heads", None) is not None and method.artifact() is not method.heads:
         num_expected += sum(value.numel() for value in method.heads.state_dict().values())
-    assert sum(value.numel() for value in method.state_dict().values()) == num_expected
+    assert sum(value.numel() for value in own.values()) == num_expected
+    assert set(CASES[name].beside) <= {key.partition(".")[0] for key in method.state_dict()}
 
 
 @every_trained_case
@@ -228,7 +247,9 @@ def test_a_step_never_waits_for_the_device(name: str) -> None:
     for teacher in teachers_of(method):
         teacher.to(torch.device("cuda"))
     batch = make_batch()
-    batch = batch._replace(images=batch.images.cuda(), labels=batch.labels.cuda())
+    batch = batch._replace(
+        **{name: value.cuda() for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+    )
     method(batch).total.backward()
     torch.cuda.set_sync_debug_mode("error")
     try:

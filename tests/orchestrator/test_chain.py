@@ -136,3 +136,65 @@ def test_a_broken_stage_does_not_break_its_users() -> None:
     problems = Problems()
     resolve_chain(stages, {}, "student", BUILTIN, problems)
     assert len(problems) == 1
+
+
+SECOND = {"method": "supervised", "model": "tiny_cnn"}
+
+
+def several(references: object, **student: object) -> dict[str, object]:
+    """Changes that give the student these references, and the stages that they name."""
+    own = document()["stages"]
+    stages = {"teacher": own["teacher"], "second": SECOND, "views": own["views"]}
+    named = {
+        name: stage for name, stage in stages.items() if name == "teacher" or f"${name}" in str(references)
+    }
+    changed = {"method": "kd", "model": "mini_cnn", "teacher": references, **student}
+    return {"stages": {**named, "student": changed}, "search/space": {}}
+
+
+def test_a_list_of_references_becomes_numbered_roles() -> None:
+    chain = spec_of(several(["$teacher", "$second"])).chain(None, {})
+    assert chain["student"].inputs == {"teacher.0": "teacher", "teacher.1": "second"}
+    assert list(chain) == ["teacher", "second", "student"]
+    assert chain["student"].inactive >= {"view_weight", "heads", "detach_target"}
+
+
+def test_a_list_of_one_is_what_it_holds() -> None:
+    chain = spec_of(several(["$teacher"])).chain(None, {})
+    assert chain["student"].inputs == {"teacher": "teacher"}
+
+
+@pytest.mark.parametrize(
+    ("references", "student", "problem"),
+    [
+        (["$teacher", "$teacher"], {}, "expected different earlier stages"),
+        ([], {}, "expected different earlier stages"),
+        (["$teacher", "$none"], {}, "stages.student.teacher.1: $none is not a stage"),
+        (["$teacher", "$student"], {}, "makes a cycle: student needs itself"),
+        (["$teacher", "$views"], {}, "several teachers must be plain networks, but views emits views"),
+        (["$views", "$second"], {"method": "angular_kd"}, "AngularDistillation takes one stage here"),
+        ("$teacher", {"preset": "resnet20"}, "'resnet20' is not a preset of KnowledgeDistillation"),
+        ("$teacher", {"method": "dkd", "preset": "vgg13-vgg9"}, "did you mean 'vgg13-vgg8'?"),
+    ],
+)
+def test_what_cannot_be_combined_is_found_before_anything_starts(
+    references: object, student: dict[str, object], problem: str
+) -> None:
+    problems = problems_of(several(references, **student))
+    assert any(problem in line for line in problems), problems
+
+
+def test_a_preset_lies_below_the_settings_of_the_stage_and_leaves_no_name() -> None:
+    preset = {"method": "dkd", "preset": "imagenet-resnet34-resnet18", "temperature": 3.0}
+    chain = spec_of(several("$teacher", **preset)).chain(None, {})
+    settings = chain["student"].settings
+    assert (settings.temperature, settings.other_classes_weight, settings.warmup_epochs) == (3.0, 0.5, 1)
+
+
+def test_a_stage_that_trains_nothing_takes_no_epochs() -> None:
+    tekap = {"method": "tekap", "teacher": "$teacher"}
+    changes = {"stages/views": tekap, "stages/student/method": "kd", "search/space": {}}
+    assert problems_of(changes) == []
+    assert spec_of(changes).chain(None, {})["views"].train.epochs == 0
+    (problem,) = problems_of({**changes, "stages/views/train": {"epochs": 3}})
+    assert "Tekap trains nothing; leave train out" in problem

@@ -14,7 +14,21 @@ from orchestrator.cli import main
 from orchestrator.document import dump_document
 from orchestrator.store import Store
 
-COMMANDS = ("plan", "run", "results", "show", "export", "methods", "models", "doctor")
+COMMANDS = (
+    "plan",
+    "run",
+    "results",
+    "preflight",
+    "submit",
+    "status",
+    "logs",
+    "stop",
+    "show",
+    "export",
+    "methods",
+    "models",
+    "doctor",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -192,6 +206,14 @@ def test_a_report_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
         (["show", "abcd", "--storage", "."], "no artifact in"),
         (["show", "xyz", "--storage", "."], "the start of a key is lower-case hexadecimal, got 'xyz'"),
         (["methods", "kdd"], "'kdd' is not a method; did you mean 'kd'?"),
+        (
+            ["status", "--address", "ray://127.0.0.1:1"],
+            "--address: 'ray://127.0.0.1:1' is not the http address",
+        ),
+        (
+            ["logs", "x", "--address", "http://127.0.0.1:1"],
+            "submit: no Ray job endpoint takes us at http://127.0.0.1:1",
+        ),
         (["models", "resnet9"], "'resnet9' is not a model; did you mean 'resnet"),
     ],
 )

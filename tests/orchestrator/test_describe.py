@@ -40,7 +40,7 @@ def test_a_method_is_shown_with_every_setting_its_default_and_its_meaning(name: 
 def test_inputs_and_signals_of_a_method() -> None:
     text = methods_text("angular_kd")
     assert "  teacher: $STAGE that emits views" in text
-    assert "emits: logits, pooled" in text
+    assert "emits: logits, maps, pooled" in text
     assert "metrics: top1, top5, loss" in text
     assert "inputs:\n  none" in methods_text("supervised")
     assert "arXiv 2510.22480" in text

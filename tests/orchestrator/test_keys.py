@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiment_cases import FACTS, document, key_of, planner_of, spec_of, trial_of
+from experiment_cases import ABSENT, FACTS, document, key_of, planner_of, spec_of, trial_of
 
 from methods import BUILTIN
 from methods.supervised import Supervised
@@ -301,3 +301,17 @@ class Kind:
 )
 def test_cost_history_belongs_to_the_kind_of_work(kind: Kind) -> None:
     assert (trial_of(kind.changes).final.signature == trial_of().final.signature) == kind.is_same
+
+
+def test_settings_of_views_are_in_the_key_only_where_there_are_views() -> None:
+    kd = {"stages/student/method": "kd", "search/space": {}}
+    plain = {**kd, "stages/student/teacher": "$teacher", "stages/views": ABSENT}
+    assert key_of("student", plain) == key_of("student", {**plain, "stages/student/view_weight": 0.5})
+    assert key_of("student", kd) != key_of("student", {**kd, "stages/student/view_weight": 0.5})
+
+
+def test_a_preset_and_what_it_stands_for_have_one_key() -> None:
+    dkd = {"stages/student/method": "dkd", "search/space": {}}
+    by_name = {**dkd, "stages/student/preset": "resnet56-resnet20"}
+    by_value = {**dkd, "stages/student/other_classes_weight": 2.0}
+    assert key_of("student", by_name) == key_of("student", by_value) != key_of("student", dkd)

@@ -7,12 +7,20 @@ import torch
 from torch import nn
 
 from methods.base import ModelSettings, Task
-from methods.models import MODELS, Taps, build_model
+from methods.models import MODELS, MapReader, build_model, map_taps
+from methods.models.count import Count, count
 from methods.models.resnet_cifar import ResNetCifar
+from methods.models.wide_resnet import WideResNet
 
 CIFAR100 = Task(num_classes=100, in_channels=3, image_size=32)
 PLAIN_MAPS = [(16, 32), (16, 32), (32, 16), (64, 8)]
 WIDE_MAPS = [(32, 32), (64, 32), (128, 16), (256, 8)]
+WRN_MAPS = [(16, 32), (32, 32), (64, 16), (128, 8)]
+VGG_MAPS = [(64, 32), (128, 16), (256, 8), (512, 4), (512, 4)]
+MOBILE_MAPS = [(16, 16), (12, 16), (16, 8), (48, 4), (160, 2)]
+SHUFFLE_1_MAPS = [(24, 32), (240, 16), (480, 8), (960, 4)]
+SHUFFLE_2_MAPS = [(24, 32), (116, 16), (232, 8), (464, 4)]
+RESNET50_MAPS = [(64, 32), (256, 32), (512, 16), (1024, 8), (2048, 4)]
 TABLE = [
     # name, parameters, million multiply-adds, pooled width, (channels, side) of the stem and the stages
     ("resnet8", 83_892, 12.5, 64, PLAIN_MAPS),
@@ -22,6 +30,15 @@ TABLE = [
     ("resnet110", 1_736_564, 253.2, 64, PLAIN_MAPS),
     ("resnet8x4", 1_233_540, 177.1, 256, WIDE_MAPS),
     ("resnet32x4", 7_433_860, 1083.0, 256, WIDE_MAPS),
+    ("wrn_16_2", 703_284, 101.1, 128, WRN_MAPS),
+    ("wrn_40_1", 569_780, 83.3, 64, PLAIN_MAPS),
+    ("wrn_40_2", 2_255_156, 327.6, 128, WRN_MAPS),
+    ("vgg8", 3_965_028, 96.2, 512, VGG_MAPS),
+    ("vgg13", 9_462_180, 284.9, 512, VGG_MAPS),
+    ("mobilenet_v2_half", 812_836, 6.5, 1280, MOBILE_MAPS),
+    ("shuffle_v1", 949_258, 38.7, 960, SHUFFLE_1_MAPS),
+    ("shuffle_v2", 1_355_528, 44.5, 1024, SHUFFLE_2_MAPS),
+    ("resnet50", 23_705_252, 1298.0, 2048, RESNET50_MAPS),
 ]
 
 
@@ -30,16 +47,18 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def count_multiply_adds(network: nn.Module, images: torch.Tensor) -> int:
+    """An own count, by hooks, for what the product counts by watching operators."""
     total = 0
 
-    def count(module: nn.Module, _arguments: object, output: torch.Tensor) -> None:
+    def count_one(module: nn.Module, _arguments: object, output: torch.Tensor) -> None:
         nonlocal total
         if isinstance(module, nn.Conv2d):
-            total += output[0].numel() * module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+            side = module.kernel_size[0] * module.kernel_size[1]
+            total += output[0].numel() * module.in_channels // module.groups * side
         elif isinstance(module, nn.Linear):
             total += module.in_features * module.out_features
 
-    handles = [module.register_forward_hook(count) for module in network.modules()]
+    handles = [module.register_forward_hook(count_one) for module in network.modules()]
     network(images)
     for handle in handles:
         handle.remove()
@@ -50,17 +69,18 @@ def count_multiply_adds(network: nn.Module, images: torch.Tensor) -> int:
 def test_network_matches_the_table(
     name: str, parameters: int, mega_macs: float, width: int, maps: list[tuple[int, int]]
 ) -> None:
-    network = MODELS[name](num_classes=100, in_channels=3).eval()
-    images = torch.zeros(1, 3, 32, 32)
-    taps = Taps(inputs=("classifier",), outputs=("stem", "stages.0", "stages.1", "stages.2"))
-    with torch.no_grad():
-        macs = count_multiply_adds(network, images)
-        logits, recorded = taps.run(network, images)
-    assert count_parameters(network) == parameters
-    assert round(macs / 1e6, 1) == mega_macs
-    assert logits.shape == (1, 100)
-    assert recorded["classifier"].shape == (1, width)
-    assert [tuple(recorded[path].shape[1:3]) for path in taps.outputs] == maps
+    with torch.device("meta"):
+        tapped = build_model(MODELS[name], ModelSettings(name=name), CIFAR100)
+        macs = count_multiply_adds(tapped.network.eval(), torch.zeros(1, 3, 32, 32))
+    counted = count(tapped.network, CIFAR100)
+    assert counted == Count(parameters=parameters, macs=macs)
+    assert count_parameters(tapped.network) == parameters
+    assert macs / 1e6 == pytest.approx(mega_macs, rel=0.005)
+    assert tapped.num_features == width
+    taps = map_taps(tapped.network)
+    assert taps.stem is not None
+    shapes = MapReader(tapped, (taps.stem, *taps.stages)).shapes((3, 32, 32))
+    assert shapes == tuple((channels, side, side) for channels, side in maps)
 
 
 def test_the_table_holds_no_other_name() -> None:
@@ -113,6 +133,11 @@ def test_building_checks_the_network_without_changing_it() -> None:
     assert all(module.training for module in tapped.modules())
     for name, value in plain.state_dict().items():
         assert torch.equal(value, tapped.network.state_dict()[name]), name
+
+
+def test_impossible_depth_of_a_wide_network_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"depth must be 10, 16, 22.*got 20"):
+        WideResNet(20, 2, num_classes=10, in_channels=3)
 
 
 @pytest.mark.parametrize("depth", [0, 2, 9, 21])

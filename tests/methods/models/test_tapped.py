@@ -157,7 +157,7 @@ def test_taps_before_and_after_an_activation() -> None:
     taps = Taps(inputs=("stages.1.0.activation",), outputs=("stages.1",))
     taps.check(network)
     _, recorded = taps.run(network, images())
-    before, after = recorded["stages.1.0.activation"], recorded["stages.1"]
+    before, after = recorded["stages.1.0.activation:input"], recorded["stages.1"]
     assert bool((before < 0).any())
     assert torch.equal(before.relu(), after)
 
@@ -180,7 +180,7 @@ class Pair(nn.Module):
     ("taps", "message"),
     [
         (Taps(outputs=("shared",)), "'shared' ran twice"),
-        (Taps(inputs=("idle",)), r"did not run its modules \['idle'\]"),
+        (Taps(inputs=("idle",)), r"did not run its modules \['idle:input'\]"),
         (Taps(outputs=("pair",)), "'pair' passes a tuple, not a tensor"),
     ],
 )

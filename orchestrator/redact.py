@@ -1,0 +1,77 @@
+"""Secrets out of texts: what is shown, logged or kept says that there was one, never which. Pure.
+
+Hidden are passwords in URLs, secrets in query strings, values of settings and headers whose names say that they are
+secret, and any text that the caller names, such as the values of secret environment variables.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["HIDDEN", "environment_secrets", "redact", "redact_plain"]
+
+HIDDEN = "***"
+SHORTEST_SECRET = 6
+"""Characters. A shorter value of an environment variable could be any word: hiding it would garble what is shown."""
+
+WORDS = r"(?:secret|passw(?:or)?d|passphrase|token|api[-_]?key|access[-_]?key|secret[-_]?key|private[-_]?key|connection[-_]?string)"
+USER_AND_PASSWORD = re.compile(r"([a-z][a-z0-9+.-]*://[^\s/?#:@'\"]*):[^\s/?#'\"]*@", re.IGNORECASE)
+TOKEN_AS_USER = re.compile(r"(https?://)[^\s/?#:@'\"]+@", re.IGNORECASE)
+QUERY = re.compile(rf"([?&;][\w.-]*(?:{WORDS}|signature|credential)=|[?&;]sig=)[^&;\s#'\"]+", re.IGNORECASE)
+VALUE = r"(?!(?:true|false|null|none)\b)(?:\"[^\"\n]+\"|'[^'\n]+'|[^\s,;&}\])\"']+)"
+FIELD = re.compile(
+    rf"((?<![\w?&;/])(?:[\w.-]*{WORDS}\s*=\s*|[\"'][\w.-]*{WORDS}[\"']\s*[:=]\s*)){VALUE}", re.IGNORECASE
+)
+"""``password=x`` and ``"password": "x"``; not ``password: x``, which is how we write where a mistake is."""
+HEADER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
+SECRET_NAME = re.compile(rf"[\w.-]*{WORDS}", re.IGNORECASE)
+SECRET_VARIABLE = re.compile(
+    r".*(PASSW(OR)?D|PASSPHRASE|SECRET|TOKEN|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CONNECTION_STRING).*",
+    re.IGNORECASE,
+)
+NO_SECRET_VARIABLE = re.compile(r".*(_|^)(PATH|FILE|DIR|ID|NAME|URL|URI|MODE|SECONDS|TTL)", re.IGNORECASE)
+
+
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """``text`` with every secret in it replaced. Redacting twice changes nothing more.
+
+    Args:
+        secrets: Further texts to hide wherever they stand, for instance from ``environment_secrets``.
+    """
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    text = USER_AND_PASSWORD.sub(rf"\1:{HIDDEN}@", text)
+    text = TOKEN_AS_USER.sub(rf"\1{HIDDEN}@", text)
+    text = QUERY.sub(rf"\1{HIDDEN}", text)
+    text = HEADER.sub(rf"\1 {HIDDEN}", text)
+    return FIELD.sub(rf"\1{HIDDEN}", text)
+
+
+def redact_plain(value: Any, secrets: Iterable[str] = ()) -> Any:
+    """A copy of nested plain data with every string redacted, and what stands under a secret's name hidden."""
+    secrets = tuple(secrets)
+    if isinstance(value, str):
+        return redact(value, secrets)
+    if isinstance(value, Mapping):
+        return {
+            name: HIDDEN
+            if isinstance(item, str) and item and SECRET_NAME.fullmatch(str(name))
+            else redact_plain(item, secrets)
+            for name, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redact_plain(item, secrets) for item in value]
+    return value
+
+
+def environment_secrets(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Values of the variables whose names say that they are secret: ``MLFLOW_TRACKING_PASSWORD`` and its like."""
+    return tuple(
+        value
+        for name, value in environment.items()
+        if len(value) >= SHORTEST_SECRET
+        and SECRET_VARIABLE.fullmatch(name)
+        and not NO_SECRET_VARIABLE.fullmatch(name)
+    )
