@@ -89,12 +89,12 @@ class Injected:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """What an injection cost one stage."""
+    """What an injection cost a stage that was in work then."""
 
     injected: Injected
     attempt: Attempt
     seconds: float
-    """Between the newest checkpoint and the fault: what has to be trained again."""
+    """Between the newest checkpoint and the fault: what had to be trained again, if the fault hit this stage."""
     allowed_seconds: float
     num_epochs: int
     """Finished epochs that were trained again."""
@@ -288,7 +288,7 @@ def _loss(injected: Injected, attempt: Attempt, history: Sequence[float]) -> Los
     return Loss(
         injected=injected,
         attempt=attempt,
-        seconds=injected.at - attempt.saved_at if again else 0.0,
+        seconds=injected.at - attempt.saved_at,
         allowed_seconds=CHECKPOINT_SECONDS + 2 * longest + SLACK_SECONDS,
         num_epochs=len(again),
         lost_checkpoint=any(moment <= attempt.saved_at for moment in again),

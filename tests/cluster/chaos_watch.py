@@ -103,8 +103,12 @@ def table(storage: Path, name: str) -> list[list[str]]:
 
 
 def leftovers(storage: Path) -> list[str]:
-    """Files that only running stages have."""
-    folders = ("work", "progress", "fences", "stops")
+    """Checkpoints and stop signs: what only running stages have.
+
+    Not the small documents by which workers speak to a trial: one that finishes a stage after its trial was killed
+    leaves two of them behind.
+    """
+    folders = ("work", "stops")
     return [str(path) for name in folders for path in (storage / name).rglob("*") if path.is_file()]
 
 
