@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 
+TAKEN = ("seconds", "cpu_hours", "gpu_hours", "money")
+"""Columns of the table that say what it took, and not what came out."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
     """A stage in work, as its lease and its checkpoints show it."""
@@ -94,11 +98,11 @@ def weights(storage: Path) -> dict[str, bytes]:
 
 
 def table(storage: Path, name: str) -> list[list[str]]:
-    """The final table without its times, a list per line."""
+    """The final table without what it took, a list per line."""
     import csv
 
     lines = list(csv.reader((storage / "sweeps" / name / "report" / "table.csv").read_text().splitlines()))
-    kept = [index for index, column in enumerate(lines[0]) if column not in ("seconds", "shared_seconds")]
+    kept = [index for index, column in enumerate(lines[0]) if column.removeprefix("shared_") not in TAKEN]
     return [[line[index] for index in kept] for line in lines]
 
 
