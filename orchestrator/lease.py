@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -77,6 +78,22 @@ class Leases:
             return None
         self._forget(key, newest)
         return Lease(self, key, generation, record)
+
+    def acquire_from_silent(self, key: str, pause: Callable[[float], None] = time.sleep) -> Lease | None:
+        """As ``acquire``, after watching a holder on another machine until it beats, or has not for ``lease_seconds``.
+
+        A process that has just begun cannot know how long a holder was silent before: without watching, each new one
+        would take it for alive.
+        """
+        first = None
+        while (lease := self.acquire(key)) is None:
+            mark, _ = self._seen.get(key, (None, 0.0))
+            beats = first is not None and mark != first
+            if mark is None or beats or Record.from_bytes(mark[1]).is_of_this_machine():
+                return None
+            first = mark
+            pause(self.lease_seconds / RETRIES_PER_LEASE)
+        return lease
 
     def holder(self, key: str) -> Holder | None:
         """The live holder, or None."""

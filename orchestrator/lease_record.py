@@ -74,9 +74,13 @@ class Record:
         # Within one boot the monotonic clock is common to all processes, and neither jumps nor counts a suspension.
         return clock.monotonic() - self.monotonic if self.machine else clock.time() - self.time
 
+    def is_of_this_machine(self) -> bool:
+        """Whether the holder's process could be seen from here."""
+        return bool(self.machine) and self.host == socket.gethostname() and self.machine == _machine()
+
     def process_is_gone(self) -> bool:
         """Whether the holder ran on this machine and certainly does not any more."""
-        if not self.machine or self.host != socket.gethostname() or self.machine != _machine():
+        if not self.is_of_this_machine():
             return False
         found = _start_time(self.pid)
         return found is not None and found != self.started

@@ -168,9 +168,13 @@ class Store:
             )
         return found[0]
 
-    def lease(self, key: str) -> Lease | None:
-        """The right to work on a key, or None while a live holder has it."""
-        return self._leases.acquire(_checked(key))
+    def lease(self, key: str, *, watch: bool = False) -> Lease | None:
+        """The right to work on a key, or None while a live holder has it.
+
+        With ``watch``, a holder on another machine is first watched for up to ``lease_seconds``: is it alive?
+        """
+        acquire = self._leases.acquire_from_silent if watch else self._leases.acquire
+        return acquire(_checked(key))
 
     def holder(self, key: str) -> Holder | None:
         """Who works on a key now, or None."""

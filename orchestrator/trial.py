@@ -102,7 +102,7 @@ class TrialRunner:
 
     def _make(self, stage: PlannedStage, report: Callable[[Row], bool | None] | None) -> None:
         self._refuse_known_failure(stage)
-        lease = self._with_pauses(stage, lambda: self.store.lease(stage.key))
+        lease = self._with_pauses(stage, lambda: self.store.lease(stage.key, watch=True))
         if lease is None:
             raise _BusyElsewhereError
         with lease:

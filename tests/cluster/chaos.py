@@ -89,12 +89,12 @@ class Injected:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """What an injection cost one stage."""
+    """What an injection cost a stage that was in work then."""
 
     injected: Injected
     attempt: Attempt
     seconds: float
-    """Between the newest checkpoint and the fault: what has to be trained again."""
+    """Between the newest checkpoint and the fault: what had to be trained again, if the fault hit this stage."""
     allowed_seconds: float
     num_epochs: int
     """Finished epochs that were trained again."""
@@ -214,6 +214,11 @@ class Sweep:
             self.start()
         assert self.finish() == 0, self.said()
 
+    def stop(self) -> None:
+        """End what is left of it, after a broken promise."""
+        if self._driver is not None and self._driver.poll() is None:
+            os.kill(self.cluster.hosts[HEAD].pid_of(self._driver), signal.SIGKILL)
+
     def losses(self) -> list[Loss]:
         """What each injection cost each stage that it may have hit."""
         times = histories(self.storage)
@@ -283,7 +288,7 @@ def _loss(injected: Injected, attempt: Attempt, history: Sequence[float]) -> Los
     return Loss(
         injected=injected,
         attempt=attempt,
-        seconds=injected.at - attempt.saved_at if again else 0.0,
+        seconds=injected.at - attempt.saved_at,
         allowed_seconds=CHECKPOINT_SECONDS + 2 * longest + SLACK_SECONDS,
         num_epochs=len(again),
         lost_checkpoint=any(moment <= attempt.saved_at for moment in again),

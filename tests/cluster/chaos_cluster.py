@@ -79,7 +79,8 @@ class Cluster:
         tracking.join(START_SECONDS)
 
     def start_head(self) -> None:
-        self._ray_start(HEAD, f"--head --port={PORT} --num-cpus=0 --include-dashboard=false")
+        # With the dashboard, on loopback: Ray Train asks it which placement groups have lost their owner.
+        self._ray_start(HEAD, f"--head --port={PORT} --num-cpus=0 --include-dashboard=true")
 
     def tend(self) -> None:
         """Let every node that is up and has no Ray join, in the background: the part of an autoscaler, or of an operator."""
@@ -124,7 +125,8 @@ class Cluster:
             f"python -m mlflow server --host {host.address} --port {TRACKING_PORT} --workers 1 "
             f"--backend-store-uri sqlite:///{self.folder}/tracking.db --artifacts-destination {self.folder}/tracking"
         )
-        self._tracking = host.start(f"exec {command}", output=self.folder / "tracking.txt")
+        lean = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes less
+        self._tracking = host.start(f"exec {command}", lean, self.folder / "tracking.txt")
         wait_until(self.tracking_answers, START_SECONDS, "the tracking server")
 
     def stop_tracking(self) -> None:

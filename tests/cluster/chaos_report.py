@@ -17,8 +17,8 @@ PROMISES = {
     "head": ("the head's host loses its power", "a fresh cluster and the same command go on from the store"),
 }  # fmt: skip
 HEADER = (
-    "fault", "promise", "injected", "stages in work then", "epochs trained again", "most training lost",
-    "finished stages repeated", "weights and table",
+    "fault", "promise", "injected", "stages in work then", "finished epochs trained again",
+    "longest since a checkpoint", "finished stages repeated", "weights and table",
 )  # fmt: skip
 
 

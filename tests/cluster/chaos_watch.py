@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+TAKEN = ("seconds", "cpu_hours", "gpu_hours", "money")
+"""Columns of the table that say what it took, and not what came out."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
@@ -94,17 +97,21 @@ def weights(storage: Path) -> dict[str, bytes]:
 
 
 def table(storage: Path, name: str) -> list[list[str]]:
-    """The final table without its times, a list per line."""
+    """The final table without what it took, a list per line."""
     import csv
 
     lines = list(csv.reader((storage / "sweeps" / name / "report" / "table.csv").read_text().splitlines()))
-    kept = [index for index, column in enumerate(lines[0]) if column not in ("seconds", "shared_seconds")]
+    kept = [index for index, column in enumerate(lines[0]) if column.removeprefix("shared_") not in TAKEN]
     return [[line[index] for index in kept] for line in lines]
 
 
 def leftovers(storage: Path) -> list[str]:
-    """Files that only running stages have."""
-    folders = ("work", "progress", "fences", "stops")
+    """Checkpoints and stop signs: what only running stages have.
+
+    Not the small documents by which workers speak to a trial: one that finishes a stage after its trial was killed
+    leaves two of them behind.
+    """
+    folders = ("work", "stops")
     return [str(path) for name in folders for path in (storage / name).rglob("*") if path.is_file()]
 
 

@@ -335,10 +335,10 @@ def make_hosts(names: Sequence[str], folder: Path) -> Iterator[Hosts]:
 
 
 def _free_prefix() -> str:
-    """A /24 that this machine does not use. Bridges of test processes that were killed are removed first."""
-    for bridge, pid in re.findall(rf"({BRIDGE}([0-9a-f]+)n\d+)(?=:)", _shell("ip link show type bridge")):
+    """A /24 that this machine does not use. Links of test processes that were killed are removed first."""
+    for link, pid in re.findall(rf" ({BRIDGE}([0-9a-f]+)n\d+\w*)[@:]", _shell("ip -oneline link")):
         if not Path(f"/proc/{int(pid, 16)}").exists():
-            _shell(f"ip link del {bridge}", check=False)
+            _shell(f"ip link del {link}", check=False)
     used = _shell("ip -oneline address")
     while True:
         prefix = f"10.{random.SystemRandom().randrange(64, 128)}.{random.SystemRandom().randrange(256)}"

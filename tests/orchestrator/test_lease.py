@@ -219,6 +219,41 @@ def test_another_machine_is_judged_by_our_clock(store: Store, clock: ManualClock
     held(store).release()
 
 
+def watched(store: Store, clock: ManualClock, during: Callable[[], None] = lambda: None) -> Lease | None:
+    """What a process that has just begun gets, when ``during`` happens while it watches."""
+
+    def pause(seconds: float) -> None:
+        clock.seconds += seconds
+        during()
+
+    return Store(store.url, clock=clock)._leases.acquire_from_silent(KEY, pause)
+
+
+def test_a_new_process_takes_over_from_a_silent_machine_without_waiting_anew(
+    store: Store, clock: ManualClock
+) -> None:
+    held(store).release()
+    edit_record(store, host="elsewhere", machine="other", released=False, time=clock.time())
+    assert Store(store.url, clock=clock).lease(KEY) is None
+    taken = watched(store, clock)
+    assert taken is not None
+    assert clock.seconds < 40
+    taken.release()
+
+
+def test_a_watched_holder_that_beats_keeps_its_lease(store: Store, clock: ManualClock) -> None:
+    held(store).release()
+    edit_record(store, host="elsewhere", machine="other", released=False, time=clock.time())
+    assert watched(store, clock, lambda: edit_record(store, beat=int(clock.seconds))) is None
+    assert clock.seconds < 30
+
+
+def test_a_holder_of_this_machine_is_not_watched(store: Store, clock: ManualClock) -> None:
+    with held(store):
+        assert watched(store, clock) is None
+        assert clock.seconds == 0
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"holder": "x"}', b"\x80\x04}q\x00."])
 def test_an_unreadable_lease_holds_until_it_stops_changing(
     store: Store, clock: ManualClock, content: bytes
