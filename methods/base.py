@@ -210,6 +210,8 @@ class Method(nn.Module, ABC):
     """Name -> settings that ``preset: NAME`` lays under those of the stage, such as published weights of a pair."""
     same_classes: ClassVar[bool] = True
     """Whether the inputs must tell the same classes apart as the data set."""
+    ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Setting -> domain worth sweeping, as it stands in a search space: ``{"loguniform": [0.1, 10]}``."""
     train_defaults: ClassVar[Mapping[str, Any]] = {}
     """Defaults of the training settings where this method differs from the loop's."""
     evaluation_metrics: ClassVar[tuple[str, ...]] = ("top1", "top5", "loss")

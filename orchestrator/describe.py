@@ -45,8 +45,19 @@ def methods_text(name: str | None = None) -> str:
     lines += ["", "settings:", *_setting_lines(method.Settings, {})]
     if method.presets:
         lines += ["", "presets:", *(f"  {name}: {dict(values)}" for name, values in method.presets.items())]
+    known = {field.name for field in fields(method.Settings)}
+    worth = [f"  STAGE.{setting}: {domain}" for setting, domain in _domains(method) if setting in known]
+    if worth:
+        lines += ["", "worth sweeping (search.space):", *worth]
     lines += ["", "train:", *_setting_lines(TrainSettings, dict(method.train_defaults))]
     return "\n".join(lines)
+
+
+def _domains(method: type[Method]) -> Iterator[tuple[str, str]]:
+    """Settings with their ranges, as YAML has them."""
+    for setting, domain in method.ranges.items():
+        ((kind, values),) = domain.items()
+        yield setting, f"{{{kind}: [{', '.join(map(str, values))}]}}"
 
 
 def _first_line(method: type[Method]) -> str:

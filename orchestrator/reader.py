@@ -22,8 +22,8 @@ __all__ = ["parse_experiment"]
 POINT_LABELS = ("point", "points")
 """How tables and plans name the points of the search."""
 
-MEASURED = ("num_parameters", "seconds")
-"""Metrics that every stage has besides those of its method: size, and training time."""
+MEASURED = ("num_parameters", "macs", "latency_ms", "seconds")
+"""Metrics that a stage with a network has besides those of its method: size, speed, and training time."""
 
 
 def parse_experiment(document: Mapping[str, Any], catalog: Catalog) -> ExperimentSpec:

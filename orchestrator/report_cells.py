@@ -53,9 +53,7 @@ def columns(frame: pd.DataFrame, *, compact: bool = False) -> list[Column]:
     split = attributes["split"]
     if f"difference ({split})" in frame:
         shown.append(_difference(frame, objectives[0], str(split)))
-    parameters = [_count(value) for value in frame["parameters"]]
-    if any(cell != MISSING for cell in parameters):
-        shown.append(Column(name="parameters", title="params", cells=parameters, rank=2))
+    shown += _sizes(frame)
     shown.append(
         Column(
             name="seconds",
@@ -74,6 +72,20 @@ def columns(frame: pd.DataFrame, *, compact: bool = False) -> list[Column]:
                 name="status", title="status", cells=[str(text) for text in frame["status"]], numeric=False
             )
         )
+    return shown
+
+
+def _sizes(frame: pd.DataFrame) -> list[Column]:
+    """What a network weighs and what an image costs it, where that is known."""
+    shown: list[Column] = []
+    parameters = [_count(value) for value in frame["parameters"]]
+    if any(cell != MISSING for cell in parameters):
+        shown.append(Column(name="parameters", title="params", cells=parameters, rank=2))
+    for name, heading, cell in (("macs", "MACs", _macs), ("latency_ms", "ms/\nimage", _milliseconds)):
+        if frame[name].notna().any():
+            shown.append(
+                Column(name=name, title=heading, cells=[cell(value) for value in frame[name]], rank=3)
+            )
     return shown
 
 
@@ -159,6 +171,14 @@ def _count(value: int) -> str:
     if value < 1000:
         return str(value)
     return f"{value / 1e3:.0f} k" if value < 1e6 else f"{value / 1e6:.2f} M"
+
+
+def _macs(value: float) -> str:
+    return MISSING if math.isnan(value) else _count(round(value))
+
+
+def _milliseconds(value: float) -> str:
+    return MISSING if math.isnan(value) else f"{value:.3g}"
 
 
 def _is_percent(name: str) -> bool:

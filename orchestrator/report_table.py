@@ -57,6 +57,8 @@ class TrialRow:
     """Rows of the last stage, one per epoch, with validation metrics by their plain names."""
     key: str = ""
     """Content key of the last stage."""
+    stage: str = ""
+    """Name of the last stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ def table(
     Columns: ``point``, ``label``, one per swept setting, ``seeds``; per objective its mean and ``... std`` on
     validation and, where measured, on test; ``difference (SPLIT)`` to the baseline (a label or point id) for the
     first objective with ``low``, ``high``, ``pairs``, ``pair std``, ``p`` and ``adjusted p`` (for the number of points
-    compared), on test where measured, else on validation; ``parameters``, ``seconds``, ``shared_seconds`` (means per
+    compared), on test where measured, else on validation; ``parameters``, ``macs`` and ``latency_ms`` of one image, ``seconds``, ``shared_seconds`` (means per
     trial), ``status``, ``reason``. Where they tell more than the seconds (several cores, GPUs, prices given) also
     ``cpu_hours``, ``gpu_hours``, ``money``, and each with ``shared_``. Numbers stay numbers; what is not known is NaN.
     ``attrs`` keeps objectives, baseline and settings for the text forms.
@@ -234,6 +236,7 @@ def _ending(point: Sequence[TrialRow]) -> dict[str, Any]:
     reasons = Counter(row.reason for row in point if row.status != "done" and row.reason)
     return {
         "parameters": max((row.num_parameters for row in point), default=0),
+        **{name: spread(_of_final(point, name)).mean for name in ("macs", "latency_ms")},
         "seconds": spread(row.seconds for row in ran).mean,
         "shared_seconds": spread(row.shared_seconds for row in ran).mean,
         "status": _status(point),
@@ -262,6 +265,11 @@ def _held(point: Sequence[TrialRow], prices: PriceSettings | None) -> dict[str, 
     held = sum((row.held for row in ran), NO_TIME) / len(ran)
     shared = sum((row.shared_held for row in ran), NO_TIME) / len(ran)
     return held.numbers(prices) | shared.numbers(prices, "shared_")
+
+
+def _of_final(point: Sequence[TrialRow], name: str) -> list[float]:
+    """A metric of the last stage, whichever its name."""
+    return [row.metrics[f"{row.stage}.{name}"] for row in point if f"{row.stage}.{name}" in row.metrics]
 
 
 def _status(point: Sequence[TrialRow]) -> str:

@@ -57,6 +57,7 @@ def _row(
         **_cost(trial, manifest, paid),
         history=json.loads(store.read(trial.key, "history.json")) if final else stopped,
         key=trial.key,
+        stage=trial.final.name,
     )
 
 

@@ -30,6 +30,7 @@ from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError, DamagedArtifactError, OutOfMemoryError
 from orchestrator.fence import OPEN, Fence, FencedSlot
 from orchestrator.loop import Row, Training, evaluate, train
+from orchestrator.measure import size_and_speed
 from orchestrator.optimisation import TrainSettings
 from orchestrator.plan import PlannedStage
 from orchestrator.run_state import peak_memory_bytes
@@ -180,13 +181,13 @@ class StageRunner:
     ) -> None:  # fmt: skip
         metrics = {**training.metrics, **{f"test_{name}": value for name, value in test.items()}}
         metrics |= best_epoch(training.history, stage.spec.train, method.evaluation_metrics[0])
-        num_parameters = sum(parameter.numel() for parameter in method.artifact().parameters())
+        metrics |= self._size(method, task, device)
         manifest = {
             **self._identity(stage),
             "task": to_plain(task),
             "normalisation": {"mean": list(data.mean), "std": list(data.std)},
             "class_names": list(data.class_names),
-            "metrics": {**metrics, "num_parameters": float(num_parameters), "seconds": training.seconds},
+            "metrics": {**metrics, "seconds": training.seconds},
             "cost": self._cost(stage, training),
             "placement": {
                 "host": socket.gethostname(),
@@ -207,6 +208,12 @@ class StageRunner:
         self.fence.check()
         self.store.put(stage.key, files, manifest)
         self.store.checkpoints(stage.key).delete()
+
+    def _size(self, method: Method, task: Task, device: torch.device) -> dict[str, float]:
+        """What the artifact weighs; for a network also what an image costs it."""
+        if method.needs_model:
+            return size_and_speed(method.artifact(), task, device)
+        return {"num_parameters": float(sum(item.numel() for item in method.artifact().parameters()))}
 
     def _identity(self, stage: PlannedStage) -> dict[str, Any]:
         """What the stage is, complete enough to rebuild what it emits."""

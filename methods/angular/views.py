@@ -54,6 +54,18 @@ class AngularViews(Method):
     """
 
     Settings = AngularViewsSettings
+    ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "num_branches": {"grid": [1, 2, 3, 5, 8]},
+        "feature_inter_weight": {"loguniform": [0.01, 5]},
+        "feature_intra_weight": {"loguniform": [0.05, 10]},
+        "logit_inter_weight": {"loguniform": [0.05, 10]},
+        "logit_intra_weight": {"loguniform": [0.05, 10]},
+        "label_weight": {"loguniform": [0.2, 2]},
+        "margin": {"uniform": [0.05, 0.5]},
+        "contrast_temperature": {"loguniform": [0.03, 0.5]},
+        "constraint": {"choice": ["contrastive", "hinge"]},
+        "temperature": {"loguniform": [1, 8]},
+    }
     inputs: ClassVar[Mapping[str, frozenset[str]]] = {"teacher": frozenset({"logits", "pooled"})}
     emits: ClassVar[frozenset[str]] = frozenset({"logits", "pooled", "maps", "views"})
     needs_model: ClassVar[bool] = False

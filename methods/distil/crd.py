@@ -84,6 +84,12 @@ class ContrastiveDistillation(FeatureStudent):
     """Contrasts each sample with thousands of others across the two networks. Losses ``ce``, ``kd``, ``crd``."""
 
     Settings = ContrastiveSettings
+    ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **FeatureStudent.ranges,
+        "crd_weight": {"loguniform": [0.1, 2]},
+        "num_negatives": {"grid": [1024, 4096, 16384]},
+        "contrast_temperature": {"loguniform": [0.03, 0.5]},
+    }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"combined": {"kd_weight": 1.0}}
     settings: ContrastiveSettings
     seed: Tensor

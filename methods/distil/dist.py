@@ -71,6 +71,11 @@ class CorrelationDistillation(DistilledStudent):
     """Matches correlations of probabilities instead of probabilities. Losses ``ce``, ``inter``, ``intra``."""
 
     Settings = CorrelationSettings
+    ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **DistilledStudent.ranges,
+        "inter_weight": {"loguniform": [0.25, 4]},
+        "intra_weight": {"loguniform": [0.25, 4]},
+    }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"imagenet": {"temperature": 1.0}}
     settings: CorrelationSettings
 

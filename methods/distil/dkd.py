@@ -104,6 +104,11 @@ class DecoupledDistillation(DistilledStudent):
     """Distils the label's class and the other classes apart. Losses ``ce``, ``label_class``, ``other_classes``."""
 
     Settings = DecoupledSettings
+    ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **DistilledStudent.ranges,
+        "label_class_weight": {"loguniform": [0.5, 4]},
+        "other_classes_weight": {"grid": [0.5, 2, 6, 8]},
+    }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "resnet32x4-resnet8x4": {"other_classes_weight": 8.0},
         "resnet32x4-shuffle_v1": {"other_classes_weight": 8.0},

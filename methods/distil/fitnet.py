@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -45,6 +45,11 @@ class FitNet(MapStudent):
     """Matches one layer of the teacher through a regressor. Losses ``ce``, ``kd``, ``hint``."""
 
     Settings = FitNetSettings
+    ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **MapStudent.ranges,
+        "hint_weight": {"loguniform": [1, 1000]},
+        "hint_layer": {"grid": [1, 2, 3]},
+    }
     settings: FitNetSettings
 
     def __init__(

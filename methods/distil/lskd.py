@@ -14,7 +14,9 @@ Shape legend: B = batch, C = classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -60,6 +62,11 @@ class LogitStandardisation(DistilledStudent):
     """Distillation between standardised logits. Losses ``ce`` and ``kd``."""
 
     Settings = LogitStandardisationSettings
+    ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **DistilledStudent.ranges,
+        "kd_weight": {"loguniform": [1, 18]},
+        "temperature": {"uniform": [2, 4]},
+    }
     settings: LogitStandardisationSettings
 
     def criterion(self, student: Outputs, teaching: Teaching, batch: Batch) -> dict[str, Loss]:

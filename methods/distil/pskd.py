@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,9 @@ class ProgressiveSelfDistillation(NetworkMethod):
     """Learns from its own predictions of the epoch before, without a teacher. Loss ``soft_ce``."""
 
     Settings = ProgressiveSettings
+    ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "kd_weight": {"uniform": [0.3, 0.9]},
+    }
     settings: ProgressiveSettings
 
     def __init__(

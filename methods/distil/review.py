@@ -56,6 +56,10 @@ class Review(MapStudent):
     """Matches every stage and the pooled feature through fusion modules. Losses ``ce``, ``kd``, ``review``."""
 
     Settings = ReviewSettings
+    ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **MapStudent.ranges,
+        "review_weight": {"loguniform": [0.5, 30]},
+    }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "resnet32x4-resnet8x4": {"review_weight": 5.0},
         "wrn": {"review_weight": 5.0},

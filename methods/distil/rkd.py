@@ -14,7 +14,9 @@ Shape legend: B = batch, D = pooled feature width (it may differ between student
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +57,11 @@ class RelationalDistillation(FeatureStudent):
     """Matches distances and angles between the samples of a batch. Losses ``ce``, ``kd``, ``distance``, ``angle``."""
 
     Settings = RelationalSettings
+    ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **FeatureStudent.ranges,
+        "distance_weight": {"loguniform": [2.5, 250]},
+        "angle_weight": {"loguniform": [5, 500]},
+    }
     settings: RelationalSettings
 
     def feature_losses(self, student: Outputs, teaching: Teaching, batch: Batch) -> dict[str, Loss]:

@@ -12,7 +12,9 @@ Shape legend: B = batch, D = pooled feature width (it may differ between student
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +49,10 @@ class SimilarityPreserving(FeatureStudent):
     """Matches which samples of a batch are alike. Losses ``ce``, ``kd``, ``similarity``."""
 
     Settings = SimilaritySettings
+    ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **FeatureStudent.ranges,
+        "similarity_weight": {"loguniform": [300, 30000]},
+    }
     settings: SimilaritySettings
 
     def feature_losses(self, student: Outputs, teaching: Teaching, batch: Batch) -> dict[str, Loss]:

@@ -30,6 +30,13 @@ class DistilledStudent(NetworkMethod):
     inputs: ClassVar[Mapping[str, frozenset[str]]] = {"teacher": frozenset({"logits"})}
     allows_many: ClassVar[frozenset[str]] = frozenset({"teacher"})
     settings: DistilledSettings
+    ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "kd_weight": {"loguniform": [0.5, 10]},
+        "ce_weight": {"loguniform": [0.1, 1]},
+        "temperature": {"loguniform": [1, 8]},
+        "view_weight": {"uniform": [0.2, 1.5]},
+        "heads": {"choice": ["joint", "frozen"]},
+    }
 
     def __init__(
         self, settings: Any, *, task: Task, model: nn.Module | None, inputs: Mapping[str, Teacher]

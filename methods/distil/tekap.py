@@ -63,6 +63,12 @@ class Tekap(Method):
     """Makes noisy copies of a teacher's signals for the student that refers to it. Trains nothing."""
 
     Settings = TekapSettings
+    ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "num_copies": {"grid": [1, 3, 5]},
+        "noise_share": {"uniform": [0.05, 0.5]},
+        "logit_noise": {"loguniform": [0.5, 10]},
+        "view_weight": {"uniform": [0.2, 1.0]},
+    }
     inputs: ClassVar[Mapping[str, frozenset[str]]] = {"teacher": frozenset({"logits", "pooled"})}
     emits: ClassVar[frozenset[str]] = frozenset({"logits", "pooled", "maps", "copies"})
     needs_model: ClassVar[bool] = False

@@ -17,7 +17,7 @@ from orchestrator.store import Store
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 NUM_STAGES = 1 + 3 + 8
-TIMES = ["seconds", "shared_seconds"]
+TIMES = ["seconds", "shared_seconds", "latency_ms"]
 
 
 @pytest.fixture(scope="module")

@@ -321,3 +321,32 @@ def test_an_embedding_has_length_one_in_float32() -> None:
         embedded = Embedding(5, 3)(random(4, 5).bfloat16())
     assert embedded.dtype == torch.float32
     torch.testing.assert_close(embedded.norm(dim=1), torch.ones(4))
+
+
+# --- pinned numbers ------------------------------------------------------------------------------
+
+
+def waves(*shape: int, phase: float) -> Tensor:
+    """Numbers that need no random generator."""
+    places = torch.arange(math.prod(shape), dtype=torch.float64)
+    return (0.7 * places + phase).sin().reshape(shape)
+
+
+GOLDEN = [
+    (lambda: distance_loss(waves(4, 3, phase=0), waves(4, 5, phase=1)), 0.1670655731),
+    (lambda: angle_loss(waves(4, 3, phase=0), waves(4, 5, phase=1)), 0.0388641948),
+    (lambda: similarity_distance(waves(4, 3, phase=0), waves(4, 5, phase=1)), 0.2832117819),
+    (lambda: attention_distance(waves(2, 3, 4, 4, phase=0), waves(2, 5, 8, 8, phase=1)), 0.0038045358),
+    (lambda: hierarchical_distance(waves(2, 3, 8, 8, phase=0), waves(2, 3, 8, 8, phase=1)), 0.3557929920),
+    (
+        lambda: contrast_loss(
+            waves(3, 6, phase=0) / 2, torch.tensor(90.0), num_samples=80, contrast_temperature=0.07
+        ),
+        11.0687477543,
+    ),
+]
+
+
+@pytest.mark.parametrize(("loss", "expected"), GOLDEN)
+def test_pinned_values(loss, expected: float) -> None:
+    assert float(loss()) == pytest.approx(expected, rel=1e-7)

@@ -16,7 +16,7 @@ PLAIN_SEARCH = {"objective": {"maximize": "c.top1"}}
 NO_CHOICE = {"search/space": {}, "baselines": {}}
 
 CASES: list[tuple[str, dict[str, Any], list[str]]] = [
-    ("section", {"serach": {}}, ["serach: 'serach' is not a section; did you mean 'search'? Known: baselines, data"]),
+    ("section", {"serach": {}}, ["serach: 'serach' is not a section; did you mean 'search'? Known: baselines, controls, data"]),
     ("method", {"stages/teacher/method": "supervisd"}, ["stages.teacher.method: 'supervisd' is not a method; did you mean 'supervised'?"]),
     ("no method", {"stages/teacher/method": ABSENT}, ["stages.teacher.method: expected the name of a method, got None. Known: angular_kd"]),
     ("setting", {"stages/views/margn": 1}, ["stages.views.margn: 'margn' is not a setting of AngularViewsSettings; did you mean 'margin'?"]),

@@ -16,7 +16,7 @@ from orchestrator.store import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
-TIMES = ["seconds", "shared_seconds", "money", "shared_money", "cpu_hours", "shared_cpu_hours"]
+TIMES = ["seconds", "shared_seconds", "latency_ms", "money", "shared_money", "cpu_hours", "shared_cpu_hours"]
 SEARCH: dict[str, Any] = {"space": {"views.num_branches": {"grid": [1, 2, 3]}}, "seeds": 2}
 PRICES = {"cpu_hour": 36.0}
 """One CPU-second costs a cent."""
