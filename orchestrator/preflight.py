@@ -55,22 +55,19 @@ def run_preflight(
         needed: Paths that every node has to have: checkpoints, and data that is read while it is used.
         allow_open: Addresses on which a job endpoint may be open to the network.
     """
-    from orchestrator.ray_preflight import alive_nodes, ask
+    from orchestrator.ray_preflight import alive_nodes
 
-    run = uuid.uuid4().hex
     nodes = alive_nodes()
-    own = look(storage, run, DRIVER, needed)
-    first = ask(nodes, look, lambda node: (storage, run, node.id, needed), NODE_SECONDS)
-    wrote = [node for node in nodes if (answer := first[node.id].facts) and not answer["storage"]]
-    names = [DRIVER, *(node.id for node in wrote)]
-    second = ask(wrote, read_markers, lambda node: (storage, run, names), NODE_SECONDS)
-    third = ask(wrote, erase_marker, lambda node: (storage, node.id), NODE_SECONDS)
-    erase_marker(storage, DRIVER)
-    names_of = _names(nodes, first)
+    own, rounds = _ask_all(storage, nodes, needed)
+    left = [node for node in nodes if any(node.id in told and told[node.id].gone for told in rounds)]
+    for node in left:
+        erase_marker(storage, node.id)
+    nodes = [node for node in nodes if node not in left]
+    names_of = _names(nodes, rounds[0])
     reports = [
         NodeReport(
             name=names_of[node.id], address=node.address, num_gpus=node.num_gpus,
-            answers=tuple(answers[node.id] for answers in (first, second, third) if node.id in answers),
+            answers=tuple(answers[node.id] for answers in rounds if node.id in answers),
         )
         for node in nodes
     ]  # fmt: skip
@@ -80,8 +77,26 @@ def run_preflight(
     expected = Expected(facts=own, lease_seconds=lease_seconds, needs_gpu=needs_gpu, hosts=hosts)
     findings = [finding for report in reports for finding in judge_node(report, expected)]
     findings += judge_cluster(reports)
+    findings += [Finding("note", "has left the cluster since it was listed", node.address) for node in left]
     findings += _driver_findings(own, tracking_uri, [node.address for node in nodes], allow_open)
     return Preflight(rows=[HEADING, *(_row(report, findings) for report in reports)], findings=findings)
+
+
+def _ask_all(
+    storage: str, nodes: Sequence[Node], needed: Sequence[str]
+) -> tuple[dict[str, Any], list[dict[str, Answer]]]:
+    """What the driver sees itself, and three rounds: each node looks and leaves a marker, reads all, erases its own."""
+    from orchestrator.ray_preflight import ask
+
+    run = uuid.uuid4().hex
+    own = look(storage, run, DRIVER, needed)
+    first = ask(nodes, look, lambda node: (storage, run, node.id, needed), NODE_SECONDS)
+    wrote = [node for node in nodes if (answer := first[node.id].facts) and not answer["storage"]]
+    names = [DRIVER, *(node.id for node in wrote)]
+    second = ask(wrote, read_markers, lambda node: (storage, run, names), NODE_SECONDS)
+    third = ask(wrote, erase_marker, lambda node: (storage, node.id), NODE_SECONDS)
+    erase_marker(storage, DRIVER)
+    return own, [first, second, third]
 
 
 def _driver_findings(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator import preflight_probe
@@ -36,6 +36,8 @@ class Answer:
     sent: float = 0.0
     """Unix seconds of the driver's clock."""
     received: float = 0.0
+    gone: bool = False
+    """The node has left the cluster since it was listed."""
 
 
 def alive_nodes() -> list[Node]:
@@ -95,16 +97,19 @@ def ask(
     while waiting and (left := deadline - time.monotonic()) > 0:
         ready, _ = ray.wait(list(waiting), num_returns=1, timeout=left)
         for reference in ready:
-            answers[waiting.pop(reference).id] = _answer(reference, sent)
+            node = waiting.pop(reference)
+            answers[node.id] = _answer(reference, sent, node.id)
     for reference, node in waiting.items():
         ray.cancel(reference, force=True)
         answers[node.id] = Answer(facts=None, error=f"no answer within {timeout_seconds:g} s")
     return answers
 
 
-def _answer(reference: Any, sent: float) -> Answer:
+def _answer(reference: Any, sent: float, node: str) -> Answer:
     try:
         return Answer(facts=ray.get(reference), sent=sent, received=time.time())
     except RayError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        return Answer(facts=None, error=lines[-1].strip() if lines else type(error).__name__)
+        # Bound to its node and without resources, the task can be placed unless that node is no more.
+        gone = isinstance(error, TaskUnschedulableError) or node not in {item.id for item in alive_nodes()}
+        return Answer(facts=None, error=lines[-1].strip() if lines else type(error).__name__, gone=gone)

@@ -81,9 +81,9 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(sockets, ignore_errors=True)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_preflight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These nodes are made to fail: asked first whether they are fit, they would be refused, and rightly so."""
+    """For a node that kills all work: asked first whether it is fit, it would be refused, and rightly so."""
     monkeypatch.setattr(Sweep, "_refuse_unfit_cluster", lambda self: None)
 
 
@@ -191,6 +191,7 @@ def test_a_process_may_die_a_few_times(
     assert "failure 1 of at most 1" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("no_preflight")
 def test_what_ray_kills_for_its_memory_is_tried_with_less(
     cluster: Cluster, bench: Bench, capfd: pytest.CaptureFixture[str]
 ) -> None:

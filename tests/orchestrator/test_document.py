@@ -36,7 +36,10 @@ def write(tmp_path: Path, text: str | bytes) -> Path:
         ("a: " + "[" * 1500, "not valid YAML"),
         ("? [1, 2]\n: x", "cannot be a key"),
         ("? ~\n: x", "cannot be a key"),
-        ("[1, 2]", "expected a mapping with name, data, stages, baselines, search, run, got [1, 2]"),
+        (
+            "[1, 2]",
+            "expected a mapping with name, data, stages, baselines, controls, search, run, got [1, 2]",
+        ),
         ("", "expected a mapping"),
         (b"\xff\xfe\x00a", "cannot be read"),
         ("a: \x00", "not valid YAML"),
