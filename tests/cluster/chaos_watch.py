@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TAKEN = ("seconds", "cpu_hours", "gpu_hours", "money")
+TAKEN = ("seconds", "latency_ms", "cpu_hours", "gpu_hours", "money")
 """Columns of the table that say what it took, and not what came out."""
 
 

@@ -20,7 +20,7 @@ KINDS = [
     ("driver", "single"), ("head", "single"),
 ]  # fmt: skip
 """Each with a seed of its own; ``make chaos`` draws longer lists."""
-PARTITION_SECONDS = 8.0
+PARTITION_SECONDS = 30.0
 SLOW_MILLISECONDS = 100
 FEW = ("student.kd_weight=1.0", "search.seeds=1")
 """One student and one baseline: stages that the whole sweep has too."""
