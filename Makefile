@@ -44,7 +44,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 test: check debian
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
