@@ -5,7 +5,7 @@ Shape legend: n = samples, B = batch, C = channels, H, W = image sides.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
