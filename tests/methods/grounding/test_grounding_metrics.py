@@ -237,3 +237,17 @@ def test_impossible_rules_are_refused(settings: dict[str, object], named: str) -
 def test_an_unknown_protocol_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'lvt' is not a protocol; did you mean 'lavt'"):
         protocol_named("lvt")
+
+
+def test_ratios_agree_with_pycocotools() -> None:
+    from pycocotools import mask as coco
+
+    masks, truths, _ = random_pairs(40, seed=4)
+    encoded = [
+        [coco.encode(np.asfortranarray(mask.numpy().astype(np.uint8))) for mask in side]
+        for side in (masks, truths)
+    ]
+    overlaps = [coco.iou([mask], [truth], [0])[0, 0] for mask, truth in zip(*encoded, strict=True)]
+    assert scores(output_of(masks), batch_of(truths))["miou"] == pytest.approx(
+        100 * np.mean(overlaps), abs=1e-7
+    )
