@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 from pathlib import Path
@@ -85,6 +86,15 @@ def test_a_pack_is_read(tmp_path: Path, lines: bool) -> None:
     dropped = pack(tmp_path, no_target="drop")
     assert not dropped.may_be_empty
     assert dropped.load().described()["counts"]["val"]["expressions"] == 3
+
+
+def test_loaded_data_travel_to_another_process_and_into_a_manifest(tmp_path: Path) -> None:
+    data = pack(write_pack(tmp_path)).load()
+    here = data.train.sample(0)
+    sent: GroundingData = pickle.loads(pickle.dumps(data))
+    np.testing.assert_array_equal(sent.train.sample(0).image, here.image)
+    assert sent.task() == data.task()
+    assert json.loads(json.dumps(data.described())) == data.described()
 
 
 def changed(what: str, value: Any, number: int = 0) -> dict[str, Any]:
