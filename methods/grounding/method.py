@@ -23,6 +23,7 @@ from methods.base import Loss, Method, Source, Step, Teacher
 from methods.grounding.contracts import GroundingBatch, GroundingOutput, GroundingTask
 from methods.grounding.draws import Draws
 from methods.grounding.mask_losses import box_giou, box_l1, empty_bce, mask_bce, mask_dice
+from methods.grounding.metrics import GROUNDING_METRICS, grounding_sums, summarise_grounding
 from methods.grounding.settings import RANGES, GroundingSettings, without_effect
 from methods.teachers import freeze
 
@@ -48,7 +49,7 @@ class GroundingMethod(Method):
     same_classes: ClassVar[bool] = False
     emits: ClassVar[frozenset[str]] = frozenset({"grounding"})
     ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = RANGES
-    evaluation_metrics: ClassVar[tuple[str, ...]] = ("miou", "oiou", "language_gap")
+    evaluation_metrics: ClassVar[tuple[str, ...]] = GROUNDING_METRICS
     settings: GroundingSettings
     task: GroundingTask
     network: GroundingNetwork
@@ -118,15 +119,11 @@ class GroundingMethod(Method):
     @torch.no_grad()
     def statistics(self, batch: GroundingBatch) -> dict[str, Tensor]:
         """Sums over the batch, and over its control: the same pictures with sentences about others."""
-        from methods.grounding.metrics import grounding_sums
-
         control = batch.rolled()
         rolled = None if control is None else self.network(control)
-        return grounding_sums(self.network(batch), batch, rolled=rolled)
+        return grounding_sums(self.network(batch), batch, rolled=rolled, protocol=self.task.protocol)
 
     def summarise(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
-        from methods.grounding.metrics import summarise_grounding
-
         return summarise_grounding(totals)
 
     def artifact(self) -> nn.Module:
