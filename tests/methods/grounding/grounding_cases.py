@@ -65,7 +65,11 @@ HEADS: Mapping[str, Any] = {"box_head": True, "empty_head": True}
 
 CASES: dict[str, GroundingCase] = {
     "latent_vg": GroundingCase(
-        method=LatentVG, settings=LATENT_SMALL, auxiliary=(DICE, CROSS_ENTROPY, CONTRAST), smoke=True
+        method=LatentVG,
+        settings=LATENT_SMALL,
+        auxiliary=(DICE, CROSS_ENTROPY, CONTRAST),
+        golden=1.02164,
+        smoke=True,
     ),
     "latent_vg-none": GroundingCase(
         method=LatentVG, settings={**LATENT_SMALL, **TINY, "attribute_lengths": ()}
@@ -84,7 +88,7 @@ CASES: dict[str, GroundingCase] = {
         },
     ),
     "shared_ris": GroundingCase(
-        method=SharedRIS, settings=SHARED_SMALL, auxiliary=(DICE, CROSS_ENTROPY), smoke=True
+        method=SharedRIS, settings=SHARED_SMALL, auxiliary=(DICE, CROSS_ENTROPY), golden=1.00426, smoke=True
     ),
     "shared_ris-generalised": GroundingCase(
         method=SharedRIS,

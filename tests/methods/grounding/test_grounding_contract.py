@@ -13,7 +13,9 @@ from grounding_cases import CASES, Trainer, build, finished
 from grounding_samples import GENERALISED, make_batch
 from torch import Tensor
 
-from methods.grounding.contracts import GroundingBatch, GroundingOutput
+from methods import METHODS
+from methods.grounding.contracts import GroundingBatch, GroundingOutput, GroundingTask
+from methods.grounding.shapes_ref import ShapesRef
 from methods.models.count import count
 from methods.models.tapped import Taps, find_module
 
@@ -192,8 +194,7 @@ def test_it_can_be_measured(name: str) -> None:
 
 
 @every_case
-def test_settings_without_effect_have_none(name: str) -> None:
-    """Whatever ``inactive`` names is a setting, and without effect by its own word only where it stays unread."""
+def test_ranges_and_idle_settings_are_settings(name: str) -> None:
     method = build(name)
     fields = set(type(method.settings).__dataclass_fields__)
     assert type(method).inactive(method.settings) <= fields
@@ -205,3 +206,11 @@ def test_sentences_about_nothing_need_a_head(method: Any) -> None:
     name = next(key for key, case in CASES.items() if case.method is method and not case.task.may_be_empty)
     with pytest.raises(ValueError, match="empty_head: true"):
         method(method.Settings(**CASES[name].settings), task=GENERALISED, model=None, inputs={})
+    settings = method.Settings(**CASES[name].settings)
+    assert len(list(method.data_refusals(settings, ShapesRef(generalised=True)))) == 1
+    assert list(method.data_refusals(settings, ShapesRef())) == []
+
+
+def test_every_grounding_method_has_cases() -> None:
+    in_table = {method for method in METHODS.values() if method.task_type is GroundingTask}
+    assert {case.method for case in CASES.values()} == in_table
