@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from methods.models.weights import apply_weights
 
 
-def load_pretrained(model_class: Any, name: str) -> nn.Module:
-    """A model of transformers with its weights.
+def load_pretrained(model_class: Any, name: str, **options: Any) -> nn.Module:
+    """A model of transformers with its weights, built with ``options``.
 
     Raises:
         OSError: It cannot be read: no such folder, no network, or no safetensors in it.
     """
     try:
-        model: nn.Module = model_class.from_pretrained(name, use_safetensors=True)
+        model: nn.Module = model_class.from_pretrained(name, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         raise OSError(
             f"the weights of {name!r} could not be loaded as {model_class.__name__}: {error}. Name a folder with "
