@@ -36,6 +36,11 @@ class Batch(NamedTuple):
     """The same images, varied more strongly, ``[B, 3, H, W]``: only for methods with ``needs_strong``."""
 
 
+AnyBatch = Any
+"""A named tuple with one row per sample in each of its tensors, ``indices`` among them: ``Batch``, or what another
+kind of data set gives (``GroundingBatch``)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Loss:
     """One named loss: its plain value and the weight with which it enters the sum."""
@@ -86,6 +91,11 @@ class Task:
     in_channels: int = 3
     image_size: int = 32
 
+    def example(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """What a network of this task is called with, for one blank sample: it is measured on that."""
+        sides = (self.in_channels, self.image_size, self.image_size)
+        return (torch.zeros(1, *sides, device=device, dtype=dtype),)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSettings:
@@ -113,7 +123,8 @@ class Source:
     method: str
     settings: Any
     model: ModelSettings | None
-    task: Task
+    task: Any
+    """The task that it was trained for, of the method's ``task_type``."""
     weights: Mapping[str, Tensor]
     inputs: Mapping[str, Source]
     catalog: Catalog
@@ -192,6 +203,8 @@ class Method(nn.Module, ABC):
 
     version: ClassVar[int] = 1
     """Raised whenever the same settings would give other numbers: part of every content key."""
+    task_type: ClassVar[type] = Task
+    """What its data sets ask for: a data set of another kind is refused before anything starts."""
     Settings: ClassVar[type]
     """Frozen, keyword-only dataclass of the method's own settings."""
     inputs: ClassVar[Mapping[str, frozenset[str]]] = {}
@@ -218,7 +231,7 @@ class Method(nn.Module, ABC):
     """Names that ``summarise`` returns, so that a misspelt objective is found before anything starts."""
 
     def __init__(
-        self, settings: Any, *, task: Task, model: nn.Module | None, inputs: Mapping[str, Teacher]
+        self, settings: Any, *, task: Any, model: nn.Module | None, inputs: Mapping[str, Teacher]
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -246,6 +259,23 @@ class Method(nn.Module, ABC):
         """Why ``model`` cannot be trained by this method on these inputs, found before anything starts. Pure."""
         return ()
 
+    @classmethod
+    def data_refusals(cls, settings: Any, source: Any) -> Iterable[str]:
+        """Why this method cannot learn from a data set (its settings), found before anything starts. Pure."""
+        return ()
+
+    @classmethod
+    def teacher_refusal(cls, teacher: Teacher, task: Any) -> str | None:
+        """Why ``teacher`` cannot teach on data of ``task``, found when both are there; None when it can."""
+        if cls.same_classes and teacher.num_classes != task.num_classes:
+            return f"teacher {teacher.key[:8]} has {teacher.num_classes} classes, the data set {task.num_classes}"
+        return None
+
+    @classmethod
+    def keeps_network(cls) -> bool:
+        """Whether the artifact is a network that can be called as ``task.example`` says; only then it is measured."""
+        return cls.needs_model
+
     def prepare(self, labels_n: Tensor, *, num_epochs: int) -> None:
         """Called once before training, by whoever knows the data: for methods that remember something per sample.
 
@@ -255,11 +285,11 @@ class Method(nn.Module, ABC):
         """
 
     @abstractmethod
-    def forward(self, batch: Batch) -> Step:
+    def forward(self, batch: AnyBatch) -> Step:
         """Losses of one training step. A batch of one sample is allowed."""
 
     @abstractmethod
-    def statistics(self, batch: Batch) -> dict[str, Tensor]:
+    def statistics(self, batch: AnyBatch) -> dict[str, Tensor]:
         """Sums over the batch, in evaluation mode and without gradient. Must contain ``count`` (B)."""
 
     def summarise(self, totals: Mapping[str, Tensor]) -> dict[str, float]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from methods.base import Method, ModelSettings
 from methods.catalog import Catalog, UnknownNameError
+from methods.data.base import task_type_of
 from orchestrator.data_section import DataSettings, parse_data
 from orchestrator.optimisation import TrainSettings
 from orchestrator.references import each_reference, input_stage
@@ -147,7 +148,8 @@ def _resolve_stage(
     if len(problems) > num_problems or train is None:
         return None
     known = {role: input_stage(earlier[source], earlier, catalog) for role, source in inputs.items()}
-    for reason in (*method.refusals(settings, known), *method.pair_refusals(settings, model, known)):
+    reasons = (*method.refusals(settings, known), *method.pair_refusals(settings, model, known))
+    for reason in (*reasons, *_data_refusals(method, settings, data, catalog)):
         problems.add(path, reason)
     if len(problems) > num_problems:
         return None
@@ -155,6 +157,24 @@ def _resolve_stage(
         name=name, method=method_name, settings=settings, model=model, train=train, seed=seed, inputs=inputs,
         inactive=method.inactive_for(settings, known), data=data,
     )  # fmt: skip
+
+
+def _data_refusals(
+    method: type[Method], settings: Any, data: DataSettings | None, catalog: Catalog
+) -> Iterable[str]:
+    """Why the stage cannot learn from its data: they are of another kind, or the method itself says so."""
+    if data is None:
+        return ()
+    found, wanted = task_type_of(data.source), method.task_type
+    if not issubclass(found, wanted):
+        fitting = [
+            name for name, other in catalog.datasets.items() if issubclass(task_type_of(other), wanted)
+        ]
+        return (
+            f"{method.__name__} learns a {wanted.__name__}, but data set {data.dataset!r} gives a {found.__name__}; "
+            f"data sets that fit: {', '.join(sorted(fitting)) or 'none'}",
+        )
+    return method.data_refusals(settings, data.source)
 
 
 def _resolve_method(name: Any, path: str, catalog: Catalog, problems: Problems) -> type[Method] | None:

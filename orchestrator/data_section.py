@@ -40,6 +40,8 @@ class DataSettings:
             raise ValueError(f"fraction must be above 0 and at most 1, got {self.fraction}")
         if not 1.0 <= self.imbalance < math.inf:
             raise ValueError(f"imbalance must be finite and at least 1, got {self.imbalance}")
+        for reason in getattr(self.source, "refusals", _nothing)(self):
+            raise ValueError(reason)
 
     @property
     def active_augment(self) -> Augment:
@@ -60,6 +62,11 @@ class DataSettings:
         }
         thinned = {"fraction": self.fraction, "imbalance": self.imbalance}
         return content | {name: value for name, value in thinned.items() if value != 1.0}
+
+
+def _nothing(section: DataSettings) -> tuple[str, ...]:
+    """What a data set refuses that says nothing of it."""
+    return ()
 
 
 COMMON = tuple(item.name for item in fields(DataSettings) if item.name not in ("source", "dataset"))

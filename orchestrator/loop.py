@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from methods.base import Batch, Method
+from methods.base import AnyBatch, Method
 from orchestrator.errors import ConfigurationError
 from orchestrator.optimisation import PRECISIONS, TrainSettings, learning_rate_factor
 from orchestrator.run_state import RunState
@@ -109,7 +109,7 @@ class _Objective(nn.Module):
         self.method = method
         self.names: list[str] = []
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: AnyBatch) -> tuple[Tensor, Tensor]:
         step = self.method(batch)
         total = step.total
         values = {name: loss.value for name, loss in step.losses.items()} | dict(step.metrics)
@@ -169,21 +169,21 @@ class _Run:
         if state.position != num_batches:
             raise RuntimeError(f"the stream gave {state.position} batches of {num_batches}")
 
-    def _step(self, batch: Batch) -> Tensor:
+    def _step(self, batch: AnyBatch) -> Tensor:
         """One optimizer step; gives the values of the last micro-batch."""
         state, stream = self.state, self.training
         num_rows = min(stream.batch_size, stream.num_samples - state.position * stream.batch_size)
         micro_batches = _split(batch, self.settings.accumulate, num_rows // self.workers.size)
         totals = []
         for micro in micro_batches:
-            share = len(micro.labels) * self.workers.size / num_rows
+            share = len(micro.indices) * self.workers.size / num_rows
             with nullcontext() if micro is micro_batches[-1] else self.workers.no_sync(self.parallel):
                 with self._autocast():
                     loss, values = self.parallel(micro)
                 loss = loss if share == 1 else loss * share
                 state.updater.backward(loss)
             totals.append(loss.detach())
-            state.add(self.objective.names, values, len(micro.labels))
+            state.add(self.objective.names, values, len(micro.indices))
         step = state.epoch * stream.num_batches + state.position
         factor = learning_rate_factor(self.settings, step, stream.num_batches)
         state.learning_rate = self.settings.learning_rate * factor
@@ -274,12 +274,12 @@ class _Run:
         )
 
 
-def _split(batch: Batch, num_parts: int, num_rows: int) -> list[Batch]:
+def _split(batch: AnyBatch, num_parts: int, num_rows: int) -> list[AnyBatch]:
     """Micro-batches of two rows or more (batch norm), as many on every worker: by ``num_rows`` of the smallest share."""
     num_parts = max(1, min(num_parts, num_rows // 2))
     if num_parts == 1:
         return [batch]
-    present = [name for name, value in zip(Batch._fields, batch, strict=True) if isinstance(value, Tensor)]
+    present = [name for name, value in zip(batch._fields, batch, strict=True) if isinstance(value, Tensor)]
     columns = (getattr(batch, name).tensor_split(num_parts) for name in present)
     return [batch._replace(**dict(zip(present, parts, strict=True))) for parts in zip(*columns, strict=True)]
 

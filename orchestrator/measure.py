@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import nn
 
-from methods.base import Task
 from methods.models.count import count
 from methods.models.tapped import evaluating
 
@@ -20,8 +20,8 @@ MOST_MS = 3000.0
 """A large network is not measured for longer: fewer rounds have to do."""
 
 
-def size_and_speed(network: nn.Module, task: Task, device: torch.device) -> dict[str, float]:
-    """Metrics ``num_parameters``, ``macs`` (multiply-adds of one image) and ``latency_ms`` of one image on ``device``."""
+def size_and_speed(network: nn.Module, task: Any, device: torch.device) -> dict[str, float]:
+    """Metrics ``num_parameters``, ``macs`` (multiply-adds of one sample) and ``latency_ms`` of one sample on ``device``."""
     size = count(network, task)
     return {
         "num_parameters": float(size.parameters),
@@ -31,28 +31,28 @@ def size_and_speed(network: nn.Module, task: Task, device: torch.device) -> dict
 
 
 @torch.no_grad()
-def latency_ms(network: nn.Module, task: Task, device: torch.device) -> float:
+def latency_ms(network: nn.Module, task: Any, device: torch.device) -> float:
     """Milliseconds for one image: the mean of ten runs, in the quickest of five rounds.
 
     The quickest, because whatever else runs on the machine only ever adds to it. It is a property of this device, with
     as many threads as the worker has, and not of the artifact: no key depends on it.
     """
-    image = torch.zeros(1, task.in_channels, task.image_size, task.image_size, device=device)
+    example = task.example(device)
     with evaluating(network):
         for _ in range(WARM_UP_RUNS):
-            network(image)
-        rounds = [_round(network, image)]
+            network(*example)
+        rounds = [_round(network, example, device)]
         while len(rounds) < LATENCY_ROUNDS and sum(rounds) * LATENCY_RUNS < MOST_MS:
-            rounds.append(_round(network, image))
+            rounds.append(_round(network, example, device))
         return min(rounds)
 
 
-def _round(network: nn.Module, image: torch.Tensor) -> float:
-    _wait(image.device)
+def _round(network: nn.Module, example: tuple[Any, ...], device: torch.device) -> float:
+    _wait(device)
     started = time.perf_counter()
     for _ in range(LATENCY_RUNS):
-        network(image)
-    _wait(image.device)
+        network(*example)
+    _wait(device)
     return (time.perf_counter() - started) / LATENCY_RUNS * 1000
 
 

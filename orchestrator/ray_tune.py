@@ -26,7 +26,7 @@ import ray
 from ray import tune
 
 from methods import BUILTIN, Catalog
-from methods.data.base import ImageData
+from methods.data.base import LoadedData
 from orchestrator.capacity import Waiting
 from orchestrator.data_section import DataSettings
 from orchestrator.dispatch import Dispatcher
@@ -72,12 +72,12 @@ ENVIRONMENT = {
 class SharedData:
     """Data sets in Ray's object store: loaded once by the driver, mapped read-only into every trial's process."""
 
-    _loaded: dict[str, ImageData] = {}  # noqa: RUF012 - one per process, on purpose
+    _loaded: dict[str, LoadedData] = {}  # noqa: RUF012 - one per process, on purpose
 
-    def __init__(self, data: Iterable[tuple[str, ImageData]]) -> None:
+    def __init__(self, data: Iterable[tuple[str, LoadedData]]) -> None:
         self._references = {name: ray.put(loaded) for name, loaded in data}
 
-    def __call__(self, section: DataSettings) -> ImageData:
+    def __call__(self, section: DataSettings) -> LoadedData:
         reference = self._references[section.source_id]
         name = reference.hex()
         if name not in self._loaded:

@@ -12,19 +12,15 @@ from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from methods.base import Method, ModelSettings, Source, Task
+from methods.base import Method, ModelSettings, Source
 from methods.catalog import Catalog
-from methods.data.base import ImageData
+from methods.data.base import LoadedData, SampleStream, StreamSettings
 from methods.data.randomness import derive_seed
-from methods.data.split import stratified_split
-from methods.data.stream import Stream
-from methods.data.thin import thin
 from orchestrator.cost import stage_resources
 from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError, DamagedArtifactError, OutOfMemoryError
@@ -52,7 +48,7 @@ def load_source(store: Store, key: str, catalog: Catalog) -> Source:
     method = catalog.method(manifest["content"]["method"])
     settings = parse(method.Settings, manifest["settings"], "settings", problems)
     model = parse(ModelSettings, manifest["model"], "model", problems) if manifest["model"] else None
-    task = parse(Task, manifest["task"], "task", problems)
+    task = parse(method.task_type, manifest["task"], "task", problems)
     if problems or task is None:
         raise DamagedArtifactError(
             f"artifact {key}: its manifest cannot be understood: {'; '.join(problems)}"
@@ -87,7 +83,7 @@ class StageRunner:
     store: Store
     catalog: Catalog
     run: RunSettings
-    load_data: Callable[[DataSettings], ImageData]
+    load_data: Callable[[DataSettings], LoadedData]
     workers: Workers = SOLO
     fence: Fence = OPEN
     """Refuses what this process would write when another has taken over its stage."""
@@ -104,7 +100,7 @@ class StageRunner:
         task = data.task()
         with out_of_memory_named(stage, device):
             method = self._build(stage, task, device)
-            streams = self._streams(stage, data, device)
+            streams = data.streams(self._stream_settings(stage, device))
             training = self._train(stage, method, streams, device, report)
             method.artifact().load_state_dict(training.weights)
             test = evaluate(method, streams["test"], device=device, workers=self.workers)
@@ -112,7 +108,7 @@ class StageRunner:
             self._put(stage, task, data, method, training, test, device)
 
     def _train(
-        self, stage: PlannedStage, method: Method, streams: Mapping[str, Stream], device: torch.device,
+        self, stage: PlannedStage, method: Method, streams: Mapping[str, SampleStream], device: torch.device,
         report: Callable[[Row], bool | None],
     ) -> Training:  # fmt: skip
         validation = streams["validation"] if stage.data.validation > 0 else None
@@ -134,7 +130,7 @@ class StageRunner:
             checkpoint_seconds=self.run.checkpoint_seconds,
         )
 
-    def _build(self, stage: PlannedStage, task: Task, device: torch.device) -> Method:
+    def _build(self, stage: PlannedStage, task: Any, device: torch.device) -> Method:
         spec = stage.spec
         method_class = self.catalog.method(spec.method)
         inputs = {
@@ -142,10 +138,8 @@ class StageRunner:
             for role, key in stage.inputs.items()
         }
         for role, teacher in inputs.items():
-            if method_class.same_classes and teacher.num_classes != task.num_classes:
-                raise ConfigurationError(
-                    f"stages.{stage.name}.{role}: teacher {teacher.key[:8]} has {teacher.num_classes} classes, the data set {task.num_classes}"
-                )
+            if reason := method_class.teacher_refusal(teacher, task):
+                raise ConfigurationError(f"stages.{stage.name}.{role}: {reason}")
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(stage.seed, "initialise", spec.method))
             model = self.catalog.build_model(spec.model, task) if spec.model else None
@@ -154,29 +148,25 @@ class StageRunner:
             network.to(memory_format=torch.channels_last)  # convolutions run about 1.5 x faster, on CPU too
         return method.to(device)
 
-    def _streams(self, stage: PlannedStage, data: ImageData, device: torch.device) -> dict[str, Stream]:
-        settings, labels = stage.data, data.train.labels
-        kept, held_out = stratified_split(labels, settings.validation, settings.split_seed)
-        kept = thin(
-            labels, kept, fraction=settings.fraction, imbalance=settings.imbalance, seed=settings.split_seed
+    def _stream_settings(self, stage: PlannedStage, device: torch.device) -> StreamSettings:
+        data = stage.data
+        return StreamSettings(
+            batch_size=stage.spec.train.batch_size,
+            evaluation_batch_size=EVALUATION_BATCH_SIZE,
+            seed=derive_seed(stage.seed, "data", stage.spec.method),
+            augment=data.active_augment,
+            strong=self.catalog.method(stage.spec.method).needs_strong,
+            validation=data.validation,
+            split_seed=data.split_seed,
+            fraction=data.fraction,
+            imbalance=data.imbalance,
+            device=device,
+            rank=self.workers.rank,
+            num_workers=self.workers.size,
         )
-        common: dict[str, Any] = {
-            "mean": data.mean, "std": data.std, "device": device,
-            "rank": self.workers.rank, "num_workers": self.workers.size,
-        }  # fmt: skip
-        fixed = {"batch_size": EVALUATION_BATCH_SIZE, "seed": 0, "augment": None, "shuffle": False, **common}
-        return {
-            "training": Stream(
-                data.train, indices=kept, batch_size=stage.spec.train.batch_size,
-                seed=derive_seed(stage.seed, "data", stage.spec.method), augment=settings.active_augment,
-                shuffle=True, strong=self.catalog.method(stage.spec.method).needs_strong, **common,
-            ),
-            "validation": Stream(data.train, indices=held_out, **fixed),
-            "test": Stream(data.test, indices=np.arange(len(data.test)), **fixed),
-        }  # fmt: skip
 
     def _put(
-        self, stage: PlannedStage, task: Task, data: ImageData, method: Method, training: Training,
+        self, stage: PlannedStage, task: Any, data: LoadedData, method: Method, training: Training,
         test: Mapping[str, float], device: torch.device,
     ) -> None:  # fmt: skip
         metrics = {**training.metrics, **{f"test_{name}": value for name, value in test.items()}}
@@ -185,8 +175,7 @@ class StageRunner:
         manifest = {
             **self._identity(stage),
             "task": to_plain(task),
-            "normalisation": {"mean": list(data.mean), "std": list(data.std)},
-            "class_names": list(data.class_names),
+            **data.described(),
             "metrics": {**metrics, "seconds": training.seconds},
             "cost": self._cost(stage, training),
             "placement": {
@@ -209,9 +198,9 @@ class StageRunner:
         self.store.put(stage.key, files, manifest)
         self.store.checkpoints(stage.key).delete()
 
-    def _size(self, method: Method, task: Task, device: torch.device) -> dict[str, float]:
+    def _size(self, method: Method, task: Any, device: torch.device) -> dict[str, float]:
         """What the artifact weighs; for a network also what an image costs it."""
-        if method.needs_model:
+        if method.keeps_network():
             return size_and_speed(method.artifact(), task, device)
         return {"num_parameters": float(sum(item.numel() for item in method.artifact().parameters()))}
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from methods.data.base import ImageData
+from methods.data.base import LoadedData
 from orchestrator.account import Account, read_spent
 from orchestrator.cost import Spent
 from orchestrator.dispatch import Dispatcher, Outcome
@@ -212,7 +212,7 @@ class Sweep:
         runner = TrialRunner(self.store, StageExecute(stages), self.spec.search.objectives, run_id)
         drive(self.planner, runner, run.dispatcher, monitor, room=room, interrupt=run.stopper.interrupt)
 
-    def _load_data(self) -> Iterator[tuple[str, ImageData]]:
+    def _load_data(self) -> Iterator[tuple[str, LoadedData]]:
         """Every data set that a stage may ask for, one after the other."""
         for name, section in data_sections(self.spec).items():
             try:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from methods.base import Batch, Method
+from methods.base import AnyBatch, Method
 from orchestrator.errors import StillhouseError
 
 __all__ = [
@@ -43,7 +43,7 @@ class BatchStream(Protocol):
     @property
     def num_samples(self) -> int: ...
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int = 0) -> Iterator[AnyBatch]:
         """Batches of ``epoch`` (from 0), from batch number ``start`` on: the same whenever they are asked for."""
         ...
 

@@ -5,12 +5,14 @@ Shape legend: n = samples, B = batch, C = channels, H, W = image sides.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import torch
 
-from methods.base import Task
+from methods.base import AnyBatch, Task
 
 
 class DataError(ValueError):
@@ -69,6 +71,65 @@ class Images:
         return self.pixels.gather(indices)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamSettings:
+    """How the splits of a data set become batches, for one worker of one stage."""
+
+    batch_size: int
+    """Training samples of a batch, over all workers together."""
+    evaluation_batch_size: int
+    """The most samples of a batch that is only evaluated."""
+    seed: int
+    """Of order and augmentation."""
+    augment: Augment
+    """How training images are varied."""
+    validation: float
+    """Fraction of the training data held out, where the data set has no validation split of its own."""
+    device: torch.device
+    """Where batches are made."""
+    split_seed: int = 0
+    """Which validation split is drawn."""
+    fraction: float = 1.0
+    """Share of each class's training images that is used."""
+    imbalance: float = 1.0
+    """Largest class over smallest."""
+    strong: bool = False
+    """Whether training batches bring a strongly varied view of each image as well."""
+    rank: int = 0
+    """This worker, from 0."""
+    num_workers: int = 1
+    """Workers that share each batch."""
+
+
+class SampleStream(Protocol):
+    """This worker's share of the batches of one split. ``batch_size`` and ``num_samples`` count over all workers."""
+
+    batch_size: int
+    num_batches: int
+
+    @property
+    def num_samples(self) -> int: ...
+
+    def known_labels(self) -> np.ndarray:
+        """Label of each sample of the whole split by its index, int64; -1 for samples that do not come up here."""
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[AnyBatch]:
+        """Batches of ``epoch`` (from 0), from batch number ``start`` on: the same whenever they are asked for."""
+
+
+class LoadedData(Protocol):
+    """A data set in memory, of whatever kind."""
+
+    def task(self) -> Any:
+        """What a network has to fit: of the data source's ``task_type``."""
+
+    def streams(self, settings: StreamSettings) -> Mapping[str, SampleStream]:
+        """``training``, ``validation`` (possibly without samples) and ``test``."""
+
+    def described(self) -> dict[str, Any]:
+        """What the manifest says of the data, as plain values: all that using the network later takes."""
+
+
 @dataclass(frozen=True)
 class ImageData:
     """A loaded data set. Validation images are split off ``train`` by whoever trains."""
@@ -106,9 +167,24 @@ class ImageData:
         _, channels, height, _ = self.train.pixels.shape
         return Task(num_classes=self.num_classes, in_channels=channels, image_size=height)
 
+    def streams(self, settings: StreamSettings) -> Mapping[str, SampleStream]:
+        """Training images are those that are neither held out, class by class, nor thinned away."""
+        from methods.data.image_streams import image_streams
+
+        return image_streams(self, settings)
+
+    def described(self) -> dict[str, Any]:
+        """Statistics to normalise by, and names of the classes."""
+        normalisation = {"mean": list(self.mean), "std": list(self.std)}
+        return {"normalisation": normalisation, "class_names": list(self.class_names)}
+
 
 class DataSource(Protocol):
-    """A data set that can be loaded. Implemented by frozen dataclasses whose fields are its YAML settings."""
+    """A data set that can be loaded. Implemented by frozen dataclasses whose fields are its YAML settings.
+
+    Two things more that a source may have: ``task_type`` (see ``task_type_of``), and ``refusals(section)``, which gives
+    reasons why settings of the data section (``fraction``, ``augment``, ...) do not fit it.
+    """
 
     default_augment: ClassVar[Augment]
     """What training images get when the experiment says nothing."""
@@ -116,8 +192,14 @@ class DataSource(Protocol):
     def fingerprint(self) -> str:
         """Changes whenever the loaded content would, and never with the place where the files lie. Cheap."""
 
-    def load(self) -> ImageData:
+    def load(self) -> LoadedData:
         """Read everything. Raises DataError."""
+
+
+def task_type_of(source: DataSource | type[DataSource]) -> type:
+    """What networks for this data set have to fit: ``Task`` (classification) where the source names nothing else."""
+    found: type = getattr(source, "task_type", Task)
+    return found
 
 
 def channel_statistics(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -34,6 +35,22 @@ class GroundingBatch(NamedTuple):
     """Height and width of the stored picture, ``[B, 2]`` int64."""
     epoch: int = 0
     """Epoch that this batch belongs to, counted from 0."""
+    control_ids: Tensor | None = None
+    """Tokens of a sentence about another picture, ``[B, L]``: see ``rolled``. Only in evaluation."""
+    control_mask: Tensor | None = None
+    """Which of ``control_ids`` are real, ``[B, L]``."""
+    original_masks: tuple[Tensor, ...] = ()
+    """Truth at the size of each stored picture, uint8 ``[h_i, w_i]``: where a protocol is judged at that size."""
+
+    def rolled(self) -> GroundingBatch | None:
+        """The same pictures, each with the sentence of the next picture of its split; None where there are none.
+
+        The control that tells whether language is used. The sentences come from the data, and are not rolled within a
+        batch, so that the number of workers and the size of batches change nothing.
+        """
+        if self.control_ids is None or self.control_mask is None:
+            return None
+        return self._replace(token_ids=self.control_ids, token_mask=self.control_mask)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +70,8 @@ class GroundingTask:
     """``words`` (our own word-level vocabulary), or the name or path of a HuggingFace tokenizer."""
     may_be_empty: bool = False
     """Whether sentences occur that name nothing in their picture."""
+    protocol: str = "ours"
+    """Name of the protocol by which predictions are judged, see ``methods.grounding.protocols``."""
 
     def __post_init__(self) -> None:
         if self.image_size < 1 or self.text_length < 3:
@@ -60,6 +79,24 @@ class GroundingTask:
                 f"image_size must be positive and text_length at least 3 (start, a word, end), "
                 f"got {self.image_size} and {self.text_length}"
             )
+
+    def example(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[GroundingBatch]:
+        """What a network of this task is called with, for one blank picture and a sentence of full length."""
+        side, length = self.image_size, self.text_length
+        ids = torch.full((1, length), self.mask_id, device=device)
+        ids[:, 0], ids[:, -1] = self.start_id, self.end_id
+        return (
+            GroundingBatch(
+                images=torch.zeros(1, 3, side, side, device=device, dtype=dtype),
+                token_ids=ids,
+                token_mask=torch.ones(1, length, dtype=torch.bool, device=device),
+                masks=torch.zeros(1, 1, side, side, device=device),
+                boxes=torch.zeros(1, 4, device=device),
+                is_empty=torch.zeros(1, dtype=torch.bool, device=device),
+                indices=torch.zeros(1, dtype=torch.int64, device=device),
+                original_sizes=torch.full((1, 2), side, device=device),
+            ),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

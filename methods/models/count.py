@@ -7,12 +7,12 @@ pooling and element-wise products are not.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from methods.base import Task
 from methods.models.tapped import evaluating
 
 
@@ -27,16 +27,15 @@ class Count:
 
 
 @torch.no_grad()
-def count(network: nn.Module, task: Task) -> Count:
-    """Count ``network`` for one image of ``task``; works on the ``meta`` device too, without weights.
+def count(network: nn.Module, task: Any) -> Count:
+    """Count ``network`` for the example of ``task``; works on the ``meta`` device too, without weights.
 
     Mode, weights and statistics of the network stay as they are. A product inside a kernel of its own is not seen.
     """
     parameter = next(network.parameters())
-    sides = (task.in_channels, task.image_size, task.image_size)
-    image = torch.zeros(1, *sides, device=parameter.device, dtype=parameter.dtype)
+    example = task.example(parameter.device, parameter.dtype)
     with evaluating(network), FlopCounterMode(display=False) as counter:
-        network(image)
+        network(*example)
     return Count(
         parameters=sum(each.numel() for each in network.parameters()), macs=counter.get_total_flops() // 2
     )
