@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from methods.checks import check_positive
 from methods.grounding.contracts import GroundingTask
-from methods.grounding.pretrained import copy_weights, load_pretrained
+from methods.grounding.pretrained import copy_weights, load_pretrained, transformers_part
 from methods.grounding.token_masking import end_positions, hide
 
 POOL_BY_LARGEST_ID = 2
@@ -25,8 +25,8 @@ POOL_BY_LARGEST_ID = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipShape:
-    """The size of a CLIP pair, and where its first weights come from. The defaults are ViT-B/16."""
+class ClipSettings:
+    """Settings of methods that stand on a CLIP pair. The defaults are the sizes of ViT-B/16."""
 
     patch_size: int = 16
     """Side of a patch in pixels (p)."""
@@ -48,7 +48,7 @@ class ClipShape:
     """Image side that the table of vision positions is made for; other sizes are interpolated. 0: the data's own."""
     table_text_length: int = 77
     """Tokens that the table of word positions is made for. 0: the data's text length."""
-    weights: str = ""
+    checkpoint: str = ""
     """Folder or hub name of a CLIP checkpoint in safetensors. Empty: random weights."""
 
     def __post_init__(self) -> None:
@@ -86,23 +86,20 @@ class EncodedSentences(NamedTuple):
 class ClipEncoder(nn.Module):
     """Both towers of ``transformers.CLIPModel``, up to their projections. ``logit_scale`` is unused, hence frozen."""
 
-    def __init__(self, shape: ClipShape, task: GroundingTask, *, load_weights: bool = True) -> None:
-        """Build the towers.
-
-        Args:
-            load_weights: Lay the weights of ``shape.weights`` over the random ones. False where an artifact follows.
+    def __init__(self, settings: ClipSettings, task: GroundingTask) -> None:
+        """Build the towers, with first weights where ``settings`` name a checkpoint.
 
         Raises:
             ValueError: The end token has id 2, the sizes do not fit the data, or the weights do not fit the sizes.
         """
         super().__init__()
-        refuse_misfit(shape, task)
-        from transformers import CLIPModel
+        refuse_misfit(settings, task)
+        CLIPModel = transformers_part("transformers", "CLIPModel")
 
-        self.clip = CLIPModel(clip_config(shape, task))
+        self.clip = CLIPModel(clip_config(settings, task))
         self.clip.logit_scale.requires_grad_(False)
-        if load_weights and shape.weights:
-            copy_weights(load_pretrained(CLIPModel, shape.weights), self.clip, shape.weights)
+        if settings.checkpoint:
+            copy_weights(load_pretrained(CLIPModel, settings.checkpoint), self.clip, settings.checkpoint)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -163,47 +160,47 @@ def _shown_instead(embedding: nn.Module, hidden_BL: Tensor, stand_in_D: Tensor) 
         hook.remove()
 
 
-def refuse_misfit(shape: ClipShape, task: GroundingTask) -> None:
+def refuse_misfit(settings: ClipSettings, task: GroundingTask) -> None:
     """Raise ValueError where this vocabulary or picture cannot enter such a CLIP."""
     if task.end_id == POOL_BY_LARGEST_ID:
         raise ValueError(
             "the end token of the vocabulary has id 2: transformers' CLIP would then pool at the largest id of a "
             "sentence, silently. Give the end token another id"
         )
-    if task.image_size % shape.patch_size:
+    if task.image_size % settings.patch_size:
         raise ValueError(
-            f"encoder.patch_size {shape.patch_size} does not divide the pictures' side {task.image_size}"
+            f"patch_size {settings.patch_size} does not divide the pictures' side {task.image_size}"
         )
-    if 0 < shape.table_text_length < task.text_length:
+    if 0 < settings.table_text_length < task.text_length:
         raise ValueError(
-            f"encoder.table_text_length is {shape.table_text_length}, but sentences have {task.text_length} tokens: "
+            f"table_text_length is {settings.table_text_length}, but sentences have {task.text_length} tokens: "
             "lower data.text_length, or raise it where the weights are random"
         )
 
 
-def clip_config(shape: ClipShape, task: GroundingTask) -> Any:
+def clip_config(settings: ClipSettings, task: GroundingTask) -> Any:
     """The configuration of transformers that says the same."""
-    from transformers import CLIPConfig
+    CLIPConfig = transformers_part("transformers", "CLIPConfig")
 
     return CLIPConfig(
-        projection_dim=shape.shared_width,
+        projection_dim=settings.shared_width,
         vision_config={
-            "hidden_size": shape.vision_width,
-            "intermediate_size": 4 * shape.vision_width,
-            "num_hidden_layers": shape.vision_layers,
-            "num_attention_heads": shape.vision_heads,
-            "patch_size": shape.patch_size,
-            "image_size": shape.table_image_size or task.image_size,
-            "projection_dim": shape.shared_width,
+            "hidden_size": settings.vision_width,
+            "intermediate_size": 4 * settings.vision_width,
+            "num_hidden_layers": settings.vision_layers,
+            "num_attention_heads": settings.vision_heads,
+            "patch_size": settings.patch_size,
+            "image_size": settings.table_image_size or task.image_size,
+            "projection_dim": settings.shared_width,
         },
         text_config={
             "vocab_size": task.vocabulary_size,
-            "hidden_size": shape.text_width,
-            "intermediate_size": 4 * shape.text_width,
-            "num_hidden_layers": shape.text_layers,
-            "num_attention_heads": shape.text_heads,
-            "max_position_embeddings": shape.table_text_length or task.text_length,
-            "projection_dim": shape.shared_width,
+            "hidden_size": settings.text_width,
+            "intermediate_size": 4 * settings.text_width,
+            "num_hidden_layers": settings.text_layers,
+            "num_attention_heads": settings.text_heads,
+            "max_position_embeddings": settings.table_text_length or task.text_length,
+            "projection_dim": settings.shared_width,
             "bos_token_id": task.start_id,
             "eos_token_id": task.end_id,
             "pad_token_id": task.pad_id,

@@ -45,8 +45,8 @@ class CmMaskSDNetwork(GroundingNetwork):
 
     def __init__(self, settings: CmMaskSDSettings, task: GroundingTask) -> None:
         super().__init__()
-        width, channels = settings.encoder.shared_width, settings.channels
-        self.encoder = ClipEncoder(settings.encoder, task)
+        width, channels = settings.shared_width, settings.channels
+        self.encoder = ClipEncoder(settings, task)
         self.fusion = TextToPatchDecoder(
             width, num_layers=settings.decoder_layers, num_heads=settings.decoder_heads
         )
@@ -69,8 +69,11 @@ class CmMaskSDNetwork(GroundingNetwork):
             empty_logit=self.empty_head(pixels_BChw, sentence_BC) if self.empty_head else None,
             boxes=self.box_head(pixels_BChw, sentence_BC) if self.box_head else None,
             extras={
-                **{"patches": image.patches, "image": image.whole, "features": features_BPE},
-                **{"words": sentence.words, "sentence": sentence.whole},
+                "patches": image.patches,
+                "image": image.whole,
+                "features": features_BPE,
+                "words": sentence.words,
+                "sentence": sentence.whole,
             },
         )
 
@@ -122,7 +125,10 @@ class CmMaskSD(GroundingMethod):
     ) -> None:
         super().__init__(settings, task=task, model=model, inputs=inputs)
         self.stand_ins = nn.ParameterDict(
-            {branch: nn.Parameter(0.02 * torch.randn(self._stand_in_width(branch))) for branch in settings.branches}
+            {
+                branch: nn.Parameter(0.02 * torch.randn(self._stand_in_width(branch)))
+                for branch in settings.branches
+            }
         )
         self.num_rows_to_see = 0
         self.register_buffer("num_rows_seen", torch.zeros((), dtype=torch.int64))
@@ -133,7 +139,7 @@ class CmMaskSD(GroundingMethod):
 
     @classmethod
     def without_sources(cls, settings: CmMaskSDSettings) -> CmMaskSDSettings:
-        return replace(settings, encoder=replace(settings.encoder, weights=""))
+        return replace(settings, checkpoint="")
 
     @classmethod
     def inactive(cls, settings: CmMaskSDSettings) -> frozenset[str]:
@@ -214,10 +220,10 @@ class CmMaskSD(GroundingMethod):
         )
 
     def _stand_in_width(self, branch: str) -> int:
-        shape = self.settings.encoder
-        if self.settings.mask_at == "decoder_input":
-            return shape.shared_width
-        return shape.vision_width if branch == "vision" else shape.text_width
+        settings = self.settings
+        if settings.mask_at == "decoder_input":
+            return settings.shared_width
+        return settings.vision_width if branch == "vision" else settings.text_width
 
     def _progress(self) -> float:
         """Share of the run that lies behind; 1 where its length was not told."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from methods.checks import check_choice, check_positive, check_weights
-from methods.grounding.clip_encoder import ClipShape
+from methods.grounding.clip_encoder import ClipSettings
 from methods.grounding.settings import GroundingSettings, without_effect
 from methods.grounding.token_masking import STRATEGIES, MaskStrategy
 
@@ -15,26 +15,31 @@ MaskAt = Literal["decoder_input", "encoder_input"]
 DistillOn = Literal["logits", "features"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "cm_masksd": {"encoder": {"weights": "openai/clip-vit-base-patch16"}},
+    "cm_masksd_base": {"checkpoint": "openai/clip-vit-base-patch16"},
     "cm_masksd_small": {
-        "encoder": {
-            "patch_size": 6,
-            **{"vision_width": 96, "vision_layers": 4, "vision_heads": 4},
-            **{"text_width": 96, "text_layers": 4, "text_heads": 4},
-            **{"shared_width": 64, "table_image_size": 0, "table_text_length": 0},
-        },
-        **{"decoder_layers": 2, "decoder_heads": 4, "channels": 32, "ramp_fraction": 0.0},
+        "patch_size": 6,
+        "vision_width": 96,
+        "vision_layers": 4,
+        "vision_heads": 4,
+        "text_width": 96,
+        "text_layers": 4,
+        "text_heads": 4,
+        "shared_width": 64,
+        "table_image_size": 0,
+        "table_text_length": 0,
+        "decoder_layers": 2,
+        "decoder_heads": 4,
+        "channels": 32,
+        "ramp_fraction": 0.0,
     },
 }
-"""``cm_masksd``: ViT-B/16 from its published weights, 480 px. ``cm_masksd_small``: 48 px, from random weights."""
+"""``cm_masksd_base``: ViT-B/16 from its published weights, 480 px. ``cm_masksd_small``: 48 px, from random weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CmMaskSDSettings(GroundingSettings):
-    """Settings of ``cm_masksd``. All of the masked branches' values are reconstructions: sweep them."""
+class CmMaskSDSettings(GroundingSettings, ClipSettings):
+    """Settings of ``cm_masksd``; the defaults are the paper's size. All of the masked branches' values are reconstructions: sweep them."""
 
-    encoder: ClipShape = field(default_factory=ClipShape)
-    """Sizes and first weights of the CLIP pair."""
     decoder_layers: int = 3
     """Layers in which patches ask words."""
     decoder_heads: int = 8
@@ -67,6 +72,7 @@ class CmMaskSDSettings(GroundingSettings):
 
     def __post_init__(self) -> None:
         GroundingSettings.__post_init__(self)
+        ClipSettings.__post_init__(self)
         check_choice(self, mask_strategy=STRATEGIES, mask_at=("decoder_input", "encoder_input"))
         check_choice(self, distill_on=("logits", "features"))
         check_weights(self, "vision_weight", "language_weight")
@@ -75,9 +81,9 @@ class CmMaskSDSettings(GroundingSettings):
         for name in ("vision_mask_ratio", "text_mask_ratio", "ramp_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)!r}")
-        if self.encoder.shared_width % (4 * self.decoder_heads):
+        if self.shared_width % (4 * self.decoder_heads):
             raise ValueError(
-                f"decoder_heads {self.decoder_heads} does not fit encoder.shared_width {self.encoder.shared_width}: "
+                f"decoder_heads {self.decoder_heads} does not fit shared_width {self.shared_width}: "
                 "the width must be a multiple of four times the heads"
             )
 

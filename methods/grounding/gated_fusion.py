@@ -37,7 +37,8 @@ class CrossAttention(nn.Module):
         scores_BQK = self.query_norm(self.query(queries_BQc)) @ self.key(source_BKs).transpose(1, 2) * scale
         if key_mask_BK is not None:
             scores_BQK = scores_BQK.masked_fill(~key_mask_BK[:, None], -torch.inf)
-        return scores_BQK.softmax(dim=-1)
+        weights_BQK: Tensor = scores_BQK.softmax(dim=-1)
+        return weights_BQK
 
     def forward(self, queries_BQc: Tensor, source_BKs: Tensor, key_mask_BK: Tensor | None = None) -> Tensor:
         """What each query gathers, ``[B, Q, c]``. ``key_mask`` is True where a key is real; None: all are."""
@@ -70,7 +71,8 @@ class TextFusion(nn.Module):
         self.gate = Gate(text_width, nn.ReLU())
 
     def forward(self, words_BLd: Tensor, pixels_BQc: Tensor) -> Tensor:
-        return self.gate(words_BLd, self.attention(words_BLd, pixels_BQc))
+        fused_BLd: Tensor = self.gate(words_BLd, self.attention(words_BLd, pixels_BQc))
+        return fused_BLd
 
 
 class PooledContext(nn.Module):

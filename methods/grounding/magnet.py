@@ -44,26 +44,24 @@ class MagNetNetwork(GroundingNetwork):
 
     def __init__(self, settings: MagNetSettings, task: GroundingTask) -> None:
         super().__init__()
-        swin, channels = settings.swin, settings.channels
-        self.encoder = SwinBertEncoder(swin, settings.bert, task, pool_sizes=settings.pool_sizes)
+        channels = settings.channels
+        self.encoder = SwinBertEncoder(settings, task, pool_sizes=settings.pool_sizes)
         self.scales: DeformableScales | None = None
         self.pixel_decoder: nn.Module
         self.mask_head: nn.Module
         if settings.decoder == "deformable":
-            strides = [swin.patch_size * 2**stage for stage in range(NUM_STAGES)]
+            strides = [settings.patch_size * 2**stage for stage in range(NUM_STAGES)]
             heads = settings.decoder_heads
             self.scales = DeformableScales(
-                swin.stage_widths, strides, channels, num_layers=settings.decoder_layers, num_heads=heads
+                settings.stage_widths, strides, channels, num_layers=settings.decoder_layers, num_heads=heads
             )
             self.pixel_decoder = nn.Conv2d(channels, channels, 1)
-            self.mask_head = QueryHead(
-                channels, strides, num_layers=settings.query_layers, num_heads=heads
-            )
+            self.mask_head = QueryHead(channels, strides, num_layers=settings.query_layers, num_heads=heads)
         else:
-            self.pixel_decoder = FourScalePyramid(swin.stage_widths, channels)
+            self.pixel_decoder = FourScalePyramid(settings.stage_widths, channels)
             self.mask_head = nn.Conv2d(channels, 1, 1)
             nn.init.constant_(self.mask_head.bias, settings.mask_bias)  # type: ignore[arg-type]
-        self.sentence = nn.Linear(settings.bert.width, channels)
+        self.sentence = nn.Linear(settings.bert_width, channels)
         self.box_head = BoxHead(channels) if settings.box_head else None
         self.empty_head = EmptyHead(channels) if settings.empty_head else None
 
@@ -114,7 +112,7 @@ class MagNet(GroundingMethod):
         self.word_predictor: WordPredictor | None = None
         if settings.has_grounding:
             self.word_predictor = WordPredictor(
-                settings.bert.width,
+                settings.bert_width,
                 settings.channels,
                 task.vocabulary_size,
                 num_layers=settings.predictor_layers,
@@ -129,9 +127,7 @@ class MagNet(GroundingMethod):
 
     @classmethod
     def without_sources(cls, settings: MagNetSettings) -> MagNetSettings:
-        return replace(
-            settings, swin=replace(settings.swin, weights=""), bert=replace(settings.bert, weights="")
-        )
+        return replace(settings, swin_checkpoint="", bert_checkpoint="")
 
     @classmethod
     def inactive(cls, settings: MagNetSettings) -> frozenset[str]:
@@ -204,9 +200,7 @@ class MagNet(GroundingMethod):
             losses["align_pixel"] = pixel_contrast(*positives, *negatives, temperature=temperature)
         if settings.align_text_weight:
             sentence_BC = output.sentence_embed
-            losses["align_text"] = text_contrast(
-                *positives, *negatives, sentence_BC, temperature=temperature
-            )
+            losses["align_text"] = text_contrast(*positives, *negatives, sentence_BC, temperature=temperature)
         return losses
 
     def _draws(self, batch: GroundingBatch) -> Draws:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from methods.checks import check_choice, check_positive, check_weights
 from methods.grounding.settings import GroundingSettings, without_effect
-from methods.grounding.swin_bert import BertShape, SwinShape
+from methods.grounding.swin_bert import SwinBertSettings
 
 Decoder = Literal["deformable", "pyramid"]
 GroundingPass = Literal["shared", "separate"]
@@ -17,31 +17,36 @@ GROUP_SIZE = 32
 """Group norm of the deformable decoder has 32 groups."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "magnet": {
-        "swin": {"weights": "timm/swin_base_patch4_window12_384.ms_in22k"},
-        "bert": {"weights": "google-bert/bert-base-uncased"},
+    "magnet_base": {
+        "swin_checkpoint": "timm/swin_base_patch4_window12_384.ms_in22k",
+        "bert_checkpoint": "google-bert/bert-base-uncased",
     },
     "magnet_small": {
-        "swin": {
-            **{"patch_size": 2, "width": 16, "depths": (1, 1, 2, 1), "heads": (2, 2, 4, 4)},
-            **{"window_size": 6, "drop_path": 0.0},
-        },
-        "bert": {"width": 96, "layers": 4, "heads": 4, "table_text_length": 0, "dropout": 0.0},
-        **{"decoder": "pyramid", "channels": 48},
-        **{"predictor_layers": 1, "predictor_heads": 4, "predictor_expansion": 1},
+        "patch_size": 2,
+        "swin_width": 16,
+        "swin_depths": (1, 1, 2, 1),
+        "swin_heads": (2, 2, 4, 4),
+        "window_size": 6,
+        "drop_path": 0.0,
+        "bert_width": 96,
+        "bert_layers": 4,
+        "bert_heads": 4,
+        "table_text_length": 0,
+        "bert_dropout": 0.0,
+        "decoder": "pyramid",
+        "channels": 48,
+        "predictor_layers": 1,
+        "predictor_heads": 4,
+        "predictor_expansion": 1,
     },
 }
-"""``magnet``: Swin-B and BERT-base from published weights, 480 px. ``magnet_small``: 48 px, from random weights."""
+"""``magnet_base``: Swin-B and BERT-base from published weights, 480 px. ``magnet_small``: 48 px, from random weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MagNetSettings(GroundingSettings):
-    """Settings of ``magnet``."""
+class MagNetSettings(GroundingSettings, SwinBertSettings):
+    """Settings of ``magnet``; the defaults are the paper's size."""
 
-    swin: SwinShape = field(default_factory=SwinShape)
-    """Sizes and first weights of the image encoder."""
-    bert: BertShape = field(default_factory=BertShape)
-    """Sizes and first weights of the text encoder."""
     pool_sizes: tuple[int, ...] = (1, 2, 3, 6)
     """Sides to which a stage's map is pooled for global context. Empty: no pooled context."""
     decoder: Decoder = "deformable"
@@ -83,6 +88,7 @@ class MagNetSettings(GroundingSettings):
 
     def __post_init__(self) -> None:
         GroundingSettings.__post_init__(self)
+        SwinBertSettings.__post_init__(self)
         check_choice(self, decoder=("deformable", "pyramid"), grounding_pass=("shared", "separate"))
         check_weights(self, "ground_weight", "align_pixel_weight", "align_text_weight")
         check_positive(self, "decoder_layers", "query_layers", "decoder_heads", "align_temperature")
@@ -103,9 +109,9 @@ class MagNetSettings(GroundingSettings):
             raise ValueError(
                 f"ground_inputs must be some of {', '.join(GROUND_INPUTS)}, once each, got {self.ground_inputs!r}"
             )
-        if self.has_grounding and self.bert.width % self.predictor_heads:
+        if self.has_grounding and self.bert_width % self.predictor_heads:
             raise ValueError(
-                f"predictor_heads must divide bert.width {self.bert.width}, got {self.predictor_heads!r}"
+                f"predictor_heads must divide bert_width {self.bert_width}, got {self.predictor_heads!r}"
             )
         if self.decoder == "deformable" and (
             self.channels % GROUP_SIZE or self.channels % self.decoder_heads

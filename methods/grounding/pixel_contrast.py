@@ -50,7 +50,8 @@ def sample_pixels(
     num_negatives: int,
 ) -> tuple[Pixels, Pixels]:
     """At most so many pixels inside and outside each mask, those with the highest draws."""
-    share_BQ = F.adaptive_avg_pool2d(masks_B1HW, pixel_embed_BChw.shape[2:]).flatten(1)
+    height, width = pixel_embed_BChw.shape[2:]
+    share_BQ = F.adaptive_avg_pool2d(masks_B1HW, (height, width)).flatten(1)
     vectors_BQC = F.normalize(pixel_embed_BChw.flatten(2), dim=1).transpose(1, 2)
     return (
         _drawn(vectors_BQC, share_BQ > INSIDE, draws_BQ, num_positives),

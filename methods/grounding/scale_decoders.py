@@ -15,6 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from methods.grounding.pixel_decoder import ConvolutionBlock, resized
+from methods.grounding.pretrained import transformers_part
+
+MODELING = "transformers.models.mask2former.modeling_mask2former"
+
 
 class DeformableScales(nn.Module):
     """Deformable attention over the three coarser maps, and a pyramid step to the finest one."""
@@ -23,10 +27,10 @@ class DeformableScales(nn.Module):
         self, widths: Sequence[int], strides: Sequence[int], channels: int, *, num_layers: int, num_heads: int
     ) -> None:
         super().__init__()
-        from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder
-
         config = _config(channels, strides, num_heads, encoder_layers=num_layers)
-        decoder = Mask2FormerPixelDecoder(config, feature_channels=list(widths))
+        decoder = transformers_part(MODELING, "Mask2FormerPixelDecoder")(
+            config, feature_channels=list(widths)
+        )
         # The projection of the finest map is the network's own ``pixel_decoder``, so that it can be tapped.
         decoder.mask_projection = nn.Identity()
         _initialise(decoder, config)
@@ -43,11 +47,9 @@ class QueryHead(nn.Module):
 
     def __init__(self, channels: int, strides: Sequence[int], *, num_layers: int, num_heads: int) -> None:
         super().__init__()
-        from transformers.models.mask2former.modeling_mask2former import Mask2FormerTransformerModule
-
         # transformers counts the prediction before the first layer as a layer.
         config = _config(channels, strides, num_heads, decoder_layers=num_layers + 1)
-        self.query = Mask2FormerTransformerModule(channels, config)
+        self.query = transformers_part(MODELING, "Mask2FormerTransformerModule")(channels, config)
         _initialise(self.query, config)
 
     def forward(self, pixels_BChw: Tensor, coarse_maps: Sequence[Tensor]) -> Tensor:
@@ -67,16 +69,14 @@ class FourScalePyramid(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """The finest map, ``[B, C, h, w]``, from maps fine to coarse."""
-        joined = self.blocks[-1](self.lateral[-1](maps[-1]))
+        joined: Tensor = self.blocks[-1](self.lateral[-1](maps[-1]))
         for lateral, block, fine in list(zip(self.lateral, self.blocks, maps, strict=True))[-2::-1]:
             joined = block(lateral(fine) + resized(joined, fine.shape[2:]))
         return joined
 
 
 def _config(channels: int, strides: Sequence[int], num_heads: int, **layers: int) -> Any:
-    from transformers import Mask2FormerConfig
-
-    return Mask2FormerConfig(
+    return transformers_part("transformers", "Mask2FormerConfig")(
         feature_size=channels,
         mask_feature_size=channels,
         hidden_dim=channels,
@@ -93,6 +93,6 @@ def _config(channels: int, strides: Sequence[int], num_heads: int, **layers: int
 
 def _initialise(module: nn.Module, config: Any) -> None:
     """First weights as transformers gives them; its parts, built alone, would keep uninitialised memory."""
-    from transformers.models.mask2former.modeling_mask2former import Mask2FormerPreTrainedModel
-
-    module.apply(Mask2FormerPreTrainedModel(config)._init_weights)  # children first, as transformers does
+    module.apply(
+        transformers_part(MODELING, "Mask2FormerPreTrainedModel")(config)._init_weights
+    )  # children first, as transformers does

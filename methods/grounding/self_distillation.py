@@ -12,7 +12,9 @@ from methods.losses import in_full_precision
 
 
 @in_full_precision
-def mask_divergence(student_logits_B1HW: Tensor, teacher_logits_B1HW: Tensor, *, temperature: float) -> Tensor:
+def mask_divergence(
+    student_logits_B1HW: Tensor, teacher_logits_B1HW: Tensor, *, temperature: float
+) -> Tensor:
     """``T^2 KL(Bernoulli(teacher) || Bernoulli(student))``, mean over pixels, scalar; 0 where they agree.
 
     Written as cross-entropy minus the entropy of the target. The factor ``T^2`` keeps the size of the gradient: near

@@ -62,9 +62,7 @@ class DynamicHead(nn.Module):
         num_rows = len(pixels_BChw)
         # One grouped convolution: the batch becomes channels, and each group is one sample.
         joined_1Mhw = pixels_BChw.flatten(0, 1)[None]
-        logits_1Bhw = F.conv2d(
-            joined_1Mhw, kernels_BC33, biases_B, padding=KERNEL_SIDE // 2, groups=num_rows
-        )
+        logits_1Bhw = F.conv2d(joined_1Mhw, kernels_BC33, biases_B, padding=KERNEL_SIDE // 2, groups=num_rows)
         return logits_1Bhw.transpose(0, 1)
 
 

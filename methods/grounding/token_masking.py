@@ -75,9 +75,7 @@ def hide(tokens_BTE: Tensor, hidden_BT: Tensor, stand_in_E: Tensor) -> Tensor:
     return torch.where(hidden_BT[:, :, None], stand_in_E.to(tokens_BTE.dtype), tokens_BTE)
 
 
-def _preferences(
-    scores_BT: Tensor, draws_BT: Tensor, strategy: MaskStrategy, temperature: float
-) -> Tensor:
+def _preferences(scores_BT: Tensor, draws_BT: Tensor, strategy: MaskStrategy, temperature: float) -> Tensor:
     if strategy == "high":
         return scores_BT
     if strategy == "low":
