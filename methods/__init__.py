@@ -24,6 +24,8 @@ from methods.distil.review import Review
 from methods.distil.rkd import RelationalDistillation
 from methods.distil.similarity import SimilarityPreserving
 from methods.distil.tekap import Tekap
+from methods.grounding.latent_vg import LatentVG
+from methods.grounding.shared_ris import SharedRIS
 from methods.kd import KnowledgeDistillation
 from methods.linear_probe import LinearProbe
 from methods.models import MODELS
@@ -47,6 +49,8 @@ METHODS: Mapping[str, type[Method]] = {
     "lskd": LogitStandardisation,
     "pskd": ProgressiveSelfDistillation,
     "linear_probe": LinearProbe,
+    "latent_vg": LatentVG,
+    "shared_ris": SharedRIS,
 }
 
 BUILTIN = Catalog(methods=METHODS, models=MODELS, datasets=DATASETS)

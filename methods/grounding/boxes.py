@@ -62,17 +62,23 @@ def box_iou(first_M4: np.ndarray, second_K4: np.ndarray, *, generalised: bool = 
     low, high = np.maximum(first[..., :2], second[..., :2]), np.minimum(first[..., 2:], second[..., 2:])
     intersection = np.clip(high - low, 0, None).prod(axis=-1)
     union = _area(first) + _area(second) - intersection
-    iou: np.ndarray = np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+    iou = _share(intersection, union)
     if not generalised:
         return iou
     outer = np.maximum(first[..., 2:], second[..., 2:]) - np.minimum(first[..., :2], second[..., :2])
     hull = outer.prod(axis=-1)
-    uncovered: np.ndarray = np.divide(hull - union, hull, out=np.zeros_like(hull), where=hull > 0)
-    return iou - uncovered
+    difference: np.ndarray = iou - _share(hull - union, hull)
+    return difference
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    share: np.ndarray = np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+    return share
 
 
 def _area(boxes: np.ndarray) -> np.ndarray:
-    area: np.ndarray = (boxes[..., 2:] - boxes[..., :2]).prod(axis=-1)
+    sides: np.ndarray = boxes[..., 2:] - boxes[..., :2]
+    area: np.ndarray = sides[..., 0] * sides[..., 1]
     return area
 
 

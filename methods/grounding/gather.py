@@ -23,7 +23,7 @@ def gathered_with_gradient(rows: Tensor) -> tuple[Tensor, int]:
     lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
     dist.all_gather(lengths, length)
     sizes = [int(size) for size in lengths]
-    gathered: Tensor = _Gather.apply(rows, sizes)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(rows, sizes)
     return gathered, sum(sizes[: dist.get_rank()])
 
 
@@ -43,4 +43,4 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         total = gradients[0].contiguous()
         dist.all_reduce(total)
-        return total.split(ctx.sizes)[dist.get_rank()], None
+        return torch.split(total, ctx.sizes)[dist.get_rank()], None

@@ -44,7 +44,8 @@ class BoxHead(nn.Module):
 
     def forward(self, pixels_BChw: Tensor, sentence_BC: Tensor) -> Tensor:
         """Centre x, centre y, width and height in [0, 1], ``[B, 4]``."""
-        return self.layers(attended(pixels_BChw, sentence_BC)).float().sigmoid()
+        boxes_B4: Tensor = self.layers(attended(pixels_BChw, sentence_BC))
+        return boxes_B4.float().sigmoid()
 
 
 class EmptyHead(nn.Module):
@@ -57,7 +58,8 @@ class EmptyHead(nn.Module):
     def forward(self, pixels_BChw: Tensor, sentence_BC: Tensor) -> Tensor:
         """Logit, above 0 for "no such object", ``[B]``."""
         joined_B2C = torch.cat([sentence_BC, attended(pixels_BChw, sentence_BC)], dim=1)
-        return self.layers(joined_B2C).float()[:, 0]
+        logits_B1: Tensor = self.layers(joined_B2C)
+        return logits_B1.float()[:, 0]
 
 
 @in_full_precision

@@ -13,18 +13,22 @@ Shape legend: B = batch, H, W = image sides, L = text length.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from methods.base import Loss, Method, Source, Step, Teacher
+from methods.base import Loss, Method, Source, Step, Teacher, UpdateRule
 from methods.grounding.contracts import GroundingBatch, GroundingOutput, GroundingTask
 from methods.grounding.draws import Draws
 from methods.grounding.mask_losses import box_giou, box_l1, empty_bce, mask_bce, mask_dice
+from methods.grounding.metrics import GROUNDING_METRICS, grounding_sums, summarise_grounding
 from methods.grounding.settings import RANGES, GroundingSettings, without_effect
 from methods.teachers import freeze
+
+UNDECAYED = ("positions", "token", "bank")
+"""Parts of names whose parameters are not decayed, beside vectors and scalars."""
 
 
 class GroundingNetwork(nn.Module):
@@ -48,7 +52,7 @@ class GroundingMethod(Method):
     same_classes: ClassVar[bool] = False
     emits: ClassVar[frozenset[str]] = frozenset({"grounding"})
     ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = RANGES
-    evaluation_metrics: ClassVar[tuple[str, ...]] = ("miou", "oiou", "language_gap")
+    evaluation_metrics: ClassVar[tuple[str, ...]] = GROUNDING_METRICS
     settings: GroundingSettings
     task: GroundingTask
     network: GroundingNetwork
@@ -64,10 +68,7 @@ class GroundingMethod(Method):
         """
         super().__init__(settings, task=task, model=model, inputs=inputs)
         if task.may_be_empty and not settings.empty_head:
-            raise ValueError(
-                f"the data has sentences that name nothing in their picture, but {type(self).__name__} cannot say so: "
-                "set empty_head: true, or choose data without such sentences"
-            )
+            raise ValueError(no_head(type(self).__name__))
         self.network = self.build_network(settings, task)
         self.register_buffer("seed", torch.randint(1 << 31, ()))
 
@@ -84,6 +85,11 @@ class GroundingMethod(Method):
     @classmethod
     def inactive(cls, settings: Any) -> frozenset[str]:
         return without_effect(settings)
+
+    @classmethod
+    def data_refusals(cls, settings: Any, source: Any) -> Iterable[str]:
+        if getattr(source, "may_be_empty", False) and not settings.empty_head:
+            yield no_head(cls.__name__)
 
     @classmethod
     def keeps_network(cls) -> bool:
@@ -115,18 +121,19 @@ class GroundingMethod(Method):
         """Detached numbers worth watching in training."""
         return {}
 
+    def update_rule(self, name: str, parameter: nn.Parameter) -> UpdateRule:
+        """The encoder may learn more slowly; norms, biases, positions, single tokens and banks are not decayed."""
+        factor = self.settings.encoder_lr_factor if name.startswith("network.encoder.") else 1.0
+        return UpdateRule(factor, parameter.dim() > 1 and not any(part in name for part in UNDECAYED))
+
     @torch.no_grad()
     def statistics(self, batch: GroundingBatch) -> dict[str, Tensor]:
         """Sums over the batch, and over its control: the same pictures with sentences about others."""
-        from methods.grounding.metrics import grounding_sums
-
         control = batch.rolled()
         rolled = None if control is None else self.network(control)
-        return grounding_sums(self.network(batch), batch, rolled=rolled)
+        return grounding_sums(self.network(batch), batch, rolled=rolled, protocol=self.task.protocol)
 
     def summarise(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
-        from methods.grounding.metrics import summarise_grounding
-
         return summarise_grounding(totals)
 
     def artifact(self) -> nn.Module:
@@ -141,6 +148,14 @@ class GroundingMethod(Method):
         return Teacher(
             network=freeze(network), num_features=source.settings.channels, num_classes=1, key=source.key
         )
+
+
+def no_head(name: str) -> str:
+    """Why a method without a no-target head cannot learn from sentences that name nothing."""
+    return (
+        f"the data has sentences that name nothing in their picture, but {name} cannot say so: set empty_head: true, "
+        "or choose data without such sentences"
+    )
 
 
 def shared_losses(

@@ -87,7 +87,7 @@ class Attention(nn.Module):
         """Queries, keys and values of ``[B, n, D]``: ``[3, B, heads, n, D / heads]``."""
         batch, length, width = tokens.shape
         # The size of a head is spelt out: a -1 cannot be told for a sentence of no tokens.
-        heads = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
+        heads: Tensor = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
         return heads.permute(2, 0, 3, 1, 4)
 
 
@@ -101,7 +101,8 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(self.norm(F.gelu(self.fc1(tokens))))
+        result: Tensor = self.fc2(self.norm(F.gelu(self.fc1(tokens))))
+        return result
 
 
 class Expert(nn.Module):
@@ -117,7 +118,8 @@ class Expert(nn.Module):
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
         """The second residual branch: ``[B, n, D]`` to the same shape."""
-        return self.mlp(self.norm2(tokens))
+        result: Tensor = self.mlp(self.norm2(tokens))
+        return result
 
 
 class DropPath(nn.Module):
@@ -229,7 +231,7 @@ class MultiwayEncoder(nn.Module):
 
     def embed_patches(self, images_B3HW: Tensor) -> Tensor:
         """Patches with their positions, without class token, ``[B, P, D]``."""
-        patches_BPD = self.patch_embed(images_B3HW).flatten(2).transpose(1, 2)
+        patches_BPD: Tensor = self.patch_embed(images_B3HW).flatten(2).transpose(1, 2)
         return patches_BPD + self.vision_positions[:, -self.num_patches :]
 
     def embed_class(self, num_samples: int) -> Tensor:
@@ -239,7 +241,8 @@ class MultiwayEncoder(nn.Module):
 
     def embed_words(self, token_ids_BL: Tensor) -> Tensor:
         """Words with their positions, ``[B, L, D]``."""
-        return self.words(token_ids_BL) + self.text_positions[:, : token_ids_BL.shape[1]]
+        words_BLD: Tensor = self.words(token_ids_BL)
+        return words_BLD + self.text_positions[:, : token_ids_BL.shape[1]]
 
     def embed(self, images_B3HW: Tensor, token_ids_BL: Tensor) -> Tensor:
         """The joint sequence [class token ; patches ; words], ``[B, 1 + P + L, D]``."""
@@ -254,13 +257,14 @@ class MultiwayEncoder(nn.Module):
         length = token_ids_BL.shape[1]
         attended = attention_mask(tokens_BTD.shape[1] - length, token_mask_BL) if length else None
         for layer in self.layers:
+            assert isinstance(layer, MultiwayLayer)
             parts = (Part(tokens_BTD.shape[1] - length, layer.vision), Part(length, layer.language))
             tokens_BTD = layer(tokens_BTD, parts, attended)
             yield tokens_BTD
 
     def normed(self, tokens_BTD: Tensor, text_length: int) -> MultiwayOutput:
         """The joint sequence split by modality, each with its final norm."""
-        vision, text = tokens_BTD.split([tokens_BTD.shape[1] - text_length, text_length], dim=1)
+        vision, text = torch.split(tokens_BTD, [tokens_BTD.shape[1] - text_length, text_length], dim=1)
         return MultiwayOutput(self.vision_norm(vision), self.text_norm(text))
 
     def forward(self, images_B3HW: Tensor, token_ids_BL: Tensor, token_mask_BL: Tensor) -> MultiwayOutput:
@@ -275,7 +279,7 @@ def attention_mask(num_before: int, token_mask_BL: Tensor, num_after: int = 0) -
 
 def _runs(tokens_BTD: Tensor, parts: Sequence[Part]) -> Iterator[tuple[Tensor, Part]]:
     lengths = [part.length for part in parts]
-    return zip(tokens_BTD.split(lengths, dim=1), parts, strict=True)
+    return zip(torch.split(tokens_BTD, lengths, dim=1), parts, strict=True)
 
 
 def _initialise(module: nn.Module) -> None:

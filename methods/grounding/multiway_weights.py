@@ -126,7 +126,7 @@ def resized_positions(table_1nD: Tensor, num_patches: int) -> Tensor:
     if grid.shape[1] == num_patches:
         return table_1nD
     old, new = math.isqrt(grid.shape[1]), math.isqrt(num_patches)
-    maps = grid.transpose(1, 2).unflatten(2, (old, old))
+    maps = grid.transpose(1, 2).reshape(1, -1, old, old)
     maps = F.interpolate(maps.float(), (new, new), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([first, maps.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)
 

@@ -89,8 +89,9 @@ class PixelDecoder(nn.Module):
 
 def as_map(tokens_BPC: Tensor) -> Tensor:
     """Patches of a square picture, row by row, as a map ``[B, C, g, g]``."""
-    side = math.isqrt(tokens_BPC.shape[1])
-    return tokens_BPC.transpose(1, 2).unflatten(2, (side, side))
+    batch, num_patches, channels = tokens_BPC.shape
+    side = math.isqrt(num_patches)
+    return tokens_BPC.transpose(1, 2).reshape(batch, channels, side, side)
 
 
 def resized(maps: Tensor, size: Sequence[int]) -> Tensor:

@@ -11,6 +11,7 @@ from methods.checks import check_positive, check_weights
 RANGES: Mapping[str, Mapping[str, Any]] = {
     "mask_bce_weight": {"uniform": [0.5, 5]},
     "mask_dice_weight": {"uniform": [0, 2]},
+    "encoder_lr_factor": {"loguniform": [0.05, 1]},
 }
 
 
@@ -22,6 +23,8 @@ class GroundingSettings:
     """Width of the pixel decoder (C)."""
     mask_bias: float = -2.0
     """First bias of the mask logit. -2 says that about 0.12 of all pixels are named, which keeps the first steps calm."""
+    encoder_lr_factor: float = 1.0
+    """Factor on the learning rate of the encoder. Published weights are spoilt by the rate that a new decoder needs."""
     mask_bce_weight: float = 2.0
     """Weight of the cross-entropy of pixels. 0 turns it off."""
     mask_dice_weight: float = 0.5
@@ -40,7 +43,7 @@ class GroundingSettings:
     def __post_init__(self) -> None:
         check_weights(self, "mask_bce_weight", "mask_dice_weight", "box_l1_weight", "box_giou_weight")
         check_weights(self, "empty_weight")
-        check_positive(self, "channels")
+        check_positive(self, "channels", "encoder_lr_factor")
         if self.mask_bce_weight == 0 == self.mask_dice_weight:
             raise ValueError("mask_bce_weight and mask_dice_weight are both 0: nothing would teach the mask")
         if self.box_head and self.box_l1_weight == 0 == self.box_giou_weight:

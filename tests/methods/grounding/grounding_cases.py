@@ -1,0 +1,160 @@
+"""One row per grounding method and form: a new method joins the battery by adding its rows here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from grounding_samples import GENERALISED, TASK
+from torch import Tensor
+
+from methods.base import Source
+from methods.catalog import Catalog
+from methods.grounding.contracts import GroundingBatch, GroundingTask
+from methods.grounding.latent_vg import LatentVG
+from methods.grounding.method import GroundingMethod
+from methods.grounding.shared_ris import SharedRIS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auxiliary:
+    """A term that a weight of 0 turns off."""
+
+    weight: str
+    loss: str
+    modules: tuple[str, ...] = ()
+    """Modules of the method that only this term calls."""
+    functions: tuple[str, ...] = ()
+    """``module.function`` that only this term calls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundingCase:
+    """How to build a grounding method, and what is special about it."""
+
+    method: type[GroundingMethod]
+    settings: Mapping[str, Any]
+    task: GroundingTask = TASK
+    untrained: tuple[str, ...] = ()
+    """Regular expressions of parameters that get no gradient."""
+    beside: tuple[str, ...] = ("seed",)
+    """Modules and buffers of the method that are no part of its artifact."""
+    auxiliary: tuple[Auxiliary, ...] = ()
+    golden: float | None = None
+    """Total of the first step with seed 0 on the first batch."""
+    smoke: bool = False
+    """Whether it trains in the smoke test: one form of each method is enough."""
+
+
+LATENT_SMALL = LatentVG.presets["latent_vg_small"]
+SHARED_SMALL = SharedRIS.presets["shared_ris_small"]
+DICE = Auxiliary(
+    weight="mask_dice_weight", loss="mask_dice", functions=("methods.grounding.method.mask_dice",)
+)
+CROSS_ENTROPY = Auxiliary(weight="mask_bce_weight", loss="mask_bce", functions=("methods.grounding.method.mask_bce",))  # fmt: skip
+L1 = Auxiliary(weight="box_l1_weight", loss="box_l1", functions=("methods.grounding.method.box_l1",))
+GIOU = Auxiliary(weight="box_giou_weight", loss="box_giou", functions=("methods.grounding.method.box_giou",))
+CONTRAST = Auxiliary(
+    weight="contrast_weight", loss="contrast", functions=("methods.grounding.latent_vg.margin_contrast",)
+)
+TINY: Mapping[str, Any] = {"width": 48, "num_layers": 2, "channels": 16}
+"""For further forms of a method, whose size says nothing."""
+HEADS: Mapping[str, Any] = {"box_head": True, "empty_head": True}
+
+CASES: dict[str, GroundingCase] = {
+    "latent_vg": GroundingCase(
+        method=LatentVG,
+        settings=LATENT_SMALL,
+        auxiliary=(DICE, CROSS_ENTROPY, CONTRAST),
+        golden=1.02164,
+        smoke=True,
+    ),
+    "latent_vg-none": GroundingCase(
+        method=LatentVG, settings={**LATENT_SMALL, **TINY, "attribute_lengths": ()}
+    ),
+    "latent_vg-generalised": GroundingCase(
+        method=LatentVG, settings={**LATENT_SMALL, **TINY, **HEADS}, task=GENERALISED, auxiliary=(L1, GIOU)
+    ),
+    "latent_vg-after-attention": GroundingCase(
+        method=LatentVG,
+        settings={
+            **LATENT_SMALL,
+            **TINY,
+            "pyramid": True,
+            "inject_at": "after_attention",
+            "inject": "replace",
+        },
+    ),
+    "shared_ris": GroundingCase(
+        method=SharedRIS, settings=SHARED_SMALL, auxiliary=(DICE, CROSS_ENTROPY), golden=1.00426, smoke=True
+    ),
+    "shared_ris-generalised": GroundingCase(
+        method=SharedRIS,
+        settings={
+            **SHARED_SMALL,
+            **TINY,
+            **HEADS,
+            "taps": (1, 2),
+            "share_projection": False,
+            "sentence": "mean_of_words",
+        },
+        task=GENERALISED,
+        auxiliary=(L1, GIOU),
+    ),
+    "shared_ris-pyramid": GroundingCase(
+        method=SharedRIS,
+        settings={
+            **SHARED_SMALL,
+            **TINY,
+            "num_layers": 3,
+            "pyramid": True,
+            "taps": (1, 2, 3),
+            "decoder_stride": 32,
+        },
+    ),
+}
+
+
+def build(name: str, *, seed: int = 0, **changes: Any) -> GroundingMethod:
+    """A fresh method of the case; ``changes`` replace settings."""
+    case = CASES[name]
+    torch.manual_seed(seed)
+    settings = case.method.Settings(**{**case.settings, **changes})
+    return case.method(settings, task=case.task, model=None, inputs={})
+
+
+def finished(method: GroundingMethod, name: str) -> Source:
+    """The artifact that ``method`` of the case leaves when it stops now."""
+    return Source(
+        key=f"key-of-{name}",
+        method=name,
+        settings=method.settings,
+        model=None,
+        task=method.task,
+        weights={key: value.clone() for key, value in method.artifact().state_dict().items()},
+        inputs={},
+        catalog=Catalog(methods={name: type(method)}, models={}, datasets={}),
+    )
+
+
+@dataclass
+class Trainer:
+    """Plain AdamW steps with what a checkpoint has to hold."""
+
+    method: GroundingMethod
+    learning_rate: float = 1e-3
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.AdamW(self.method.parameters(), lr=self.learning_rate)
+        self.method.train()
+
+    def step(self, batch: GroundingBatch) -> Tensor:
+        total = self.method(batch).total
+        self.optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.method.parameters(), 1.0)
+        self.optimizer.step()
+        return total.detach()
