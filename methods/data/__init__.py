@@ -9,6 +9,7 @@ from methods.data.imagefolder import ImageFolder
 from methods.data.parquet import Parquet
 from methods.data.split import stratified_split
 from methods.data.stream import Stream
+from methods.grounding.refer import Refer
 from methods.grounding.shapes_ref import ShapesRef
 
 __all__ = [
@@ -28,6 +29,7 @@ DATASETS: dict[str, type[DataSource]] = {
     "digits": Digits,
     "imagefolder": ImageFolder,
     "parquet": Parquet,
+    "refer": Refer,
     "shapes_ref": ShapesRef,
 }
 """Name -> class whose fields are the settings of the data set."""

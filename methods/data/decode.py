@@ -60,9 +60,10 @@ def fill(into: np.ndarray, items: Sequence[T], decode_one: Callable[[int, T], np
             into[position] = decode_one(position, item)
 
     # list() waits for all, and raises what the first failing chunk raised.
-    list(_threads().map(fill_chunk, range(0, len(items), CHUNK)))
+    list(decode_threads().map(fill_chunk, range(0, len(items), CHUNK)))
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
+def decode_threads() -> ThreadPoolExecutor:
+    """The threads on which this process decodes images."""
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="decode")

@@ -38,11 +38,16 @@ class Expressions(Protocol):
     """Which picture each expression is about, ``[n]`` int64."""
     objects: np.ndarray
     """Which object (or set of objects) of the data set each expression names, ``[n]`` int64."""
+    decodes_photos: bool
+    """Whether samples come from files that are worth decoding on several threads."""
 
     def __len__(self) -> int: ...
 
     def sentences(self, indices: np.ndarray) -> Sequence[str]:
         """What is said at these positions."""
+
+    def sample_id(self, index: int) -> str:
+        """A name of the expression that is the same in every run."""
 
     def sample(self, index: int, *, with_original: bool = False) -> Sample:
         """Picture and truth of one expression."""

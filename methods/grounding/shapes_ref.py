@@ -19,6 +19,7 @@ from methods.grounding.shapes_scene import LONGEST_SENTENCE, WORDS, Scene, draw_
 from methods.grounding.source import GroundingData, GroundingSource, not_default
 from methods.grounding.vocabulary import WordVocabulary
 
+SPLITS = ("train", "validation", "test")
 VERSION = 1
 """Raised whenever the same settings would give other pictures."""
 
@@ -73,6 +74,8 @@ class ShapesRef(GroundingSource):
 class Scenes:
     """The pictures of one split, each made once."""
 
+    decodes_photos = False
+
     def __init__(self, settings: ShapesRef, split: int, num_scenes: int) -> None:
         self._settings, self._split, self._num_scenes = settings, split, num_scenes
         self.pictures = self.objects = np.arange(num_scenes, dtype=np.int64)
@@ -87,6 +90,9 @@ class Scenes:
 
     def sentences(self, indices: np.ndarray) -> Sequence[str]:
         return [self._scene(int(index)).sentence for index in indices]
+
+    def sample_id(self, index: int) -> str:
+        return f"shapes_ref/{self._settings.seed}/{SPLITS[self._split]}/{index}"
 
     def sample(self, index: int, *, with_original: bool = False) -> Sample:
         scene = self._scene(index)

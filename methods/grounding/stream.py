@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from methods.data.augment import Normalise
+from methods.data.decode import decode_threads
 from methods.data.randomness import hashes, uniform
 from methods.grounding.contracts import GroundingBatch
 from methods.grounding.expressions import Expressions, Sample, controls
@@ -126,7 +128,7 @@ class GroundingStream:
         """Everything of a batch as arrays; runs ahead, on another thread."""
         epoch, positions = part
         ids = self.indices[positions]
-        samples = [self.expressions.sample(int(index), with_original=self._with_original) for index in ids]
+        samples = self._samples(ids)
         sentences = list(self.expressions.sentences(ids))
         if self.flip:
             for row in np.flatnonzero(uniform(self.seed, "flip", epoch, ids) < 0.5):
@@ -150,6 +152,13 @@ class GroundingStream:
         if self._with_original and any(sample.size != (side, side) for sample in samples):
             made["original_masks"] = [_original(sample) for sample in samples]
         return made
+
+    def _samples(self, ids: np.ndarray) -> list[Sample]:
+        read = partial(self.expressions.sample, with_original=self._with_original)
+        positions = ids.tolist()
+        return list(
+            decode_threads().map(read, positions) if self.expressions.decodes_photos else map(read, positions)
+        )
 
     def _on_device(self, epoch: int, made: dict[str, Any]) -> GroundingBatch:
         originals = tuple(self._to_device(mask) for mask in made.pop("original_masks", ()))
