@@ -24,6 +24,12 @@ from methods.distil.review import Review
 from methods.distil.rkd import RelationalDistillation
 from methods.distil.similarity import SimilarityPreserving
 from methods.distil.tekap import Tekap
+from methods.grounding.grounding_students import (
+    CmMaskSDStudent,
+    LatentVGStudent,
+    MagNetStudent,
+    SharedRISStudent,
+)
 from methods.grounding.latent_vg import LatentVG
 from methods.grounding.shared_ris import SharedRIS
 from methods.kd import KnowledgeDistillation
@@ -51,6 +57,10 @@ METHODS: Mapping[str, type[Method]] = {
     "linear_probe": LinearProbe,
     "latent_vg": LatentVG,
     "shared_ris": SharedRIS,
+    "latent_vg_kd": LatentVGStudent,
+    "shared_ris_kd": SharedRISStudent,
+    "cm_masksd_kd": CmMaskSDStudent,
+    "magnet_kd": MagNetStudent,
 }
 
 BUILTIN = Catalog(methods=METHODS, models=MODELS, datasets=DATASETS)
