@@ -130,7 +130,7 @@ class GroundingStudent(GroundingMethod):
             losses["pixels"] = pixel_distance(self.pixel_adapter(output.pixel_embed), told.pixel_embed)
         if self.sentence_adapter is not None:
             adapted_BS = self.sentence_adapter(output.sentence_embed)
-            losses["sentence"] = feature_distance(adapted_BS, told.sentence_embed)
+            losses["sentence"] = sentence_distance(adapted_BS, told.sentence_embed)
         return losses
 
 
@@ -138,6 +138,11 @@ def pixel_distance(student_BChw: Tensor, teacher_BChw: Tensor) -> Tensor:
     """One minus the cosine of each pixel's features with the teacher's, at the teacher's size, scalar."""
     at_its_size = resized(student_BChw, teacher_BChw.shape[-2:])
     return feature_distance(at_its_size.flatten(2).transpose(1, 2), teacher_BChw.flatten(2).transpose(1, 2))
+
+
+def sentence_distance(student_BS: Tensor, teacher_BS: Tensor) -> Tensor:
+    """One minus the cosine of each sentence vector with the teacher's, scalar."""
+    return feature_distance(student_BS, teacher_BS)
 
 
 @torch.no_grad()

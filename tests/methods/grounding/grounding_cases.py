@@ -128,7 +128,7 @@ KD = (
     Auxiliary(
         weight="sentence_weight",
         loss="sentence",
-        functions=("methods.grounding.grounding_kd.feature_distance",),
+        functions=("methods.grounding.grounding_kd.sentence_distance",),
     ),
 )
 CASES |= {

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import os
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import grounding_cases as cases
@@ -14,12 +17,17 @@ from grounding_samples import GENERALISED, make_batch
 from torch import Tensor
 
 from methods import METHODS
+from methods.base import Step
+from methods.data.base import Augment, SampleStream, StreamSettings
 from methods.grounding.contracts import GroundingBatch, GroundingOutput, GroundingTask
+from methods.grounding.method import GroundingMethod
 from methods.grounding.shapes_ref import ShapesRef
 from methods.models.count import count
 from methods.models.tapped import Taps, find_module
+from orchestrator.loop import evaluate
 
 every_case = pytest.mark.parametrize("name", CASES)
+SMOKED = [name for name, case in CASES.items() if case.smoke]
 terms = [(name, auxiliary) for name, case in CASES.items() for auxiliary in case.auxiliary]
 
 
@@ -191,6 +199,53 @@ def test_it_can_be_measured(name: str) -> None:
     size = count(method.artifact(), method.task)
     assert size.parameters == sum(p.numel() for p in method.network.parameters())
     assert size.macs > size.parameters / 4
+
+
+def scenes(num_train: int, batch_size: int) -> Mapping[str, SampleStream]:
+    data = ShapesRef(num_train=num_train, num_validation=150, num_test=2).load()
+    return data.streams(
+        StreamSettings(batch_size=batch_size, evaluation_batch_size=50, seed=0, augment=Augment(flip=False), validation=0.1, device=torch.device("cpu"))
+    )  # fmt: skip
+
+
+def mask_losses(
+    name: str, batches: Iterable[GroundingBatch], num_warmup: int
+) -> tuple[GroundingMethod, list[float]]:
+    """Train with a rising, then constant learning rate; the mask losses of every step."""
+    trainer, losses = Trainer(build(name)), []
+    weights = {"mask_bce": trainer.method.settings.mask_bce_weight, "mask_dice": trainer.method.settings.mask_dice_weight}  # fmt: skip
+    hook: list[Step] = []
+    trainer.method.register_forward_hook(lambda module, arguments, step: hook.append(step))
+    for number, batch in enumerate(batches):
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, (number + 1) / num_warmup)
+        trainer.step(batch)
+        values = hook.pop().losses
+        losses.append(sum(weight * float(values[key].value.detach()) for key, weight in weights.items()))
+    return trainer.method, losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMOKED)
+def test_sixty_steps_lower_the_mask_loss(name: str) -> None:
+    _, losses = mask_losses(name, scenes(480, 8)["training"].batches(0), num_warmup=20)
+    assert len(losses) == 60
+    assert sum(losses[-10:]) / 10 < 0.85 * sum(losses[:5]) / 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "STILLHOUSE_LONG_TESTS" not in os.environ, reason="minutes per method: set STILLHOUSE_LONG_TESTS"
+)
+@pytest.mark.parametrize("name", SMOKED)
+def test_four_hundred_steps_use_language(name: str) -> None:
+    streams = scenes(4000, 16)
+    batches = itertools.islice(
+        itertools.chain(streams["training"].batches(0), streams["training"].batches(1)), 400
+    )
+    method, _ = mask_losses(name, batches, num_warmup=50)
+    metrics = evaluate(method, streams["validation"], device=torch.device("cpu"))
+    assert metrics["language_gap"] >= 15
 
 
 @every_case
