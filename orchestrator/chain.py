@@ -127,8 +127,7 @@ def _resolve_stage(
     data: DataSettings | None,
 ) -> StageSpec | None:
     path = f"stages.{name}"
-    method_name = stage.pop("method", None)
-    method = _resolve_method(method_name, f"{path}.method", catalog, problems)
+    method = _resolve_method(method_name := stage.pop("method", None), f"{path}.method", catalog, problems)
     if method is None:
         return None
     num_problems = len(problems)

@@ -17,6 +17,7 @@ from orchestrator.report_table import on_test
 __all__ = ["MISSING", "Column", "columns", "duration", "measure", "setting", "short_names", "signed", "title"]
 
 MISSING = "\N{EN DASH}"
+_PERCENT = re.compile(r"(top\d+|accuracy|(^|_)([mogc]iou|miou_rolled|pr\d0|rec50|[nt]_acc|language_gap))$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,5 +183,5 @@ def _milliseconds(value: float) -> str:
 
 
 def _is_percent(name: str) -> bool:
-    """Accuracies are in percent everywhere."""
-    return re.search(r"(top\d+|accuracy|_miou|^miou)$", name.rpartition(".")[2]) is not None
+    """Accuracies and overlaps are in percent everywhere."""
+    return _PERCENT.search(name.rpartition(".")[2]) is not None

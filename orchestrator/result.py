@@ -133,9 +133,15 @@ class Result:
         path.write_text(hide(report.to_markdown(self._report(folder, plots))), encoding="utf-8")
         return path
 
-    def write_best(self, trial: Trial) -> Path:
-        """Write the student of ``trial`` as a bundle: ``model.json`` and ``weights.safetensors``."""
-        settings = bundle_settings(trial.key, self.store.manifest(trial.key))
+    def write_best(self, trial: Trial) -> Path | None:
+        """Write the student of ``trial`` as a bundle: ``model.json`` and ``weights.safetensors``.
+
+        None where its artifact is no network of the model table (branches, a grounder): that stays in the store.
+        """
+        manifest = self.store.manifest(trial.key)
+        if not manifest["model"]:
+            return None
+        settings = bundle_settings(trial.key, manifest)
         weights = load_tensors(self.store.read(trial.key, "weights.safetensors"))
         return write_bundle(self.folder / "best", settings, weights)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -16,6 +17,10 @@ from methods import Batch, Loss, Step
 from methods.data.base import Augment, ImageData, Images
 from methods.supervised import NetworkMethod
 from orchestrator import ConfigurationError, Experiment
+
+sys.path.append(str(Path(__file__).parents[1] / "orchestrator"))
+
+from grounding_doubles import TinyGrounder
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -84,3 +89,24 @@ def test_own_method_model_and_data(tmp_path) -> None:
     assert result.best["student.test_top1"] > 90
     with pytest.raises(ConfigurationError, match="cannot travel as YAML"):
         experiment.submit("http://127.0.0.1:1")
+
+
+def test_own_grounder_on_pictures_with_sentences(tmp_path: Path) -> None:
+    experiment = Experiment(
+        name="grounding",
+        data={"dataset": "shapes_ref", "num_train": 16, "num_validation": 6, "num_test": 4, "image_size": 16},
+        stages={"grounder": {"method": "tiny", "train": {"epochs": 2, "batch_size": 8}}},
+        search={"space": {"grounder.width": {"grid": [2, 4]}}, "objective": {"maximize": "grounder.miou"}},
+        run={"storage": str(tmp_path)},
+        methods={"tiny": TinyGrounder},
+    )
+    result = experiment.run(quiet=True)
+    table = result.table()
+    assert list(table["status"]) == ["done", "done"]
+    assert table["grounder.miou"].between(0, 100).all()
+    assert {"grounder.language_gap", "grounder.test_oiou", "grounder.latency_ms"} <= set(
+        result.rows[0].metrics
+    )
+    assert "miou %" in (result.folder / "report" / "report.md").read_text()
+    assert not (result.folder / "best").exists()
+    assert experiment.plan().missing == {}
