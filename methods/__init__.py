@@ -24,7 +24,9 @@ from methods.distil.review import Review
 from methods.distil.rkd import RelationalDistillation
 from methods.distil.similarity import SimilarityPreserving
 from methods.distil.tekap import Tekap
+from methods.grounding.cm_masksd import CmMaskSD
 from methods.grounding.latent_vg import LatentVG
+from methods.grounding.magnet import MagNet
 from methods.grounding.shared_ris import SharedRIS
 from methods.kd import KnowledgeDistillation
 from methods.linear_probe import LinearProbe
@@ -51,6 +53,8 @@ METHODS: Mapping[str, type[Method]] = {
     "linear_probe": LinearProbe,
     "latent_vg": LatentVG,
     "shared_ris": SharedRIS,
+    "cm_masksd": CmMaskSD,
+    "magnet": MagNet,
 }
 
 BUILTIN = Catalog(methods=METHODS, models=MODELS, datasets=DATASETS)

@@ -11,7 +11,13 @@ from methods.grounding.cm_masksd import CmMaskSD
 from methods.grounding.contracts import GroundingTask
 from methods.grounding.magnet import MagNet
 
-DEFORMABLE = {"decoder": "deformable", "channels": 32, "decoder_heads": 4, "decoder_layers": 1, "query_layers": 3}
+DEFORMABLE = {
+    "decoder": "deformable",
+    "channels": 32,
+    "decoder_heads": 4,
+    "decoder_layers": 1,
+    "query_layers": 3,
+}
 
 
 def cm_masksd(*, seed: int = 0, task: GroundingTask = TASK, **changes: Any) -> CmMaskSD:

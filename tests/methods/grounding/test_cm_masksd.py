@@ -53,7 +53,9 @@ def test_without_a_weight_the_decoder_runs_once() -> None:
         method.network.fusion.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         step = method(make_batch())
         assert len(seen) == calls
-        assert ("language_agreement" in step.losses) == (not changes.keys() & {"language_weight", "text_mask_ratio"})
+        assert ("language_agreement" in step.losses) == (
+            not changes.keys() & {"language_weight", "text_mask_ratio"}
+        )
 
 
 def test_hiding_nothing_costs_nothing_and_moves_nothing() -> None:
@@ -98,14 +100,19 @@ def test_a_hidden_patch_before_the_encoder_leaves_no_trace() -> None:
     with torch.no_grad():
         seen = encoder.encode_images(batch.images, hidden, stand_in).patches
         assert torch.equal(encoder.encode_images(changed, hidden, stand_in).patches, seen)
-        assert not torch.equal(encoder.encode_images(changed).patches, encoder.encode_images(batch.images).patches)
+        assert not torch.equal(
+            encoder.encode_images(changed).patches, encoder.encode_images(batch.images).patches
+        )
         none = torch.zeros_like(hidden)
         whole = encoder.encode_images(batch.images)
         assert torch.allclose(encoder.encode_images(batch.images, none, stand_in).patches, whole.patches)
 
 
 def test_supervised_branches_add_their_mask_losses() -> None:
-    method, batch = cm_masksd(supervise_masked=True, distill_on="features", mask_dice_weight=1.0), make_batch()
+    method, batch = (
+        cm_masksd(supervise_masked=True, distill_on="features", mask_dice_weight=1.0),
+        make_batch(),
+    )
     step = method(batch)
     assert set(step.losses) == {
         *("mask_bce", "mask_dice", "vision_agreement", "language_agreement"),
@@ -133,7 +140,9 @@ def test_the_dynamic_head_is_one_convolution_per_sample() -> None:
     pixels, sentences = torch.randn(3, 4, 5, 5), torch.randn(3, 6)
     kernels, biases = head.kernels(sentences)
     for row in range(3):
-        alone = nn.functional.conv2d(pixels[row : row + 1], kernels[row : row + 1], biases[row : row + 1], padding=1)
+        alone = nn.functional.conv2d(
+            pixels[row : row + 1], kernels[row : row + 1], biases[row : row + 1], padding=1
+        )
         assert torch.allclose(head(pixels, sentences)[row], alone[0], atol=1e-6)
     assert torch.allclose(head.kernels(torch.zeros(1, 6))[1], torch.tensor([-2.0]))
 
@@ -151,7 +160,17 @@ INACTIVE: list[tuple[dict[str, Any], set[str]]] = [
     ({}, {"sampling_temperature", "supervised_weight"}),
     ({"vision_weight": 0.0}, {"vision_mask_ratio"}),
     ({"text_mask_ratio": 0.0}, {"language_weight"}),
-    (OFF, {"mask_strategy", "distill_temperature", "ramp_fraction", "distill_on", "mask_at", "supervise_masked"}),
+    (
+        OFF,
+        {
+            "mask_strategy",
+            "distill_temperature",
+            "ramp_fraction",
+            "distill_on",
+            "mask_at",
+            "supervise_masked",
+        },
+    ),
     ({"vision_mask_ratio": 0.0, "text_mask_ratio": 0.0}, {"mask_strategy", "distill_temperature"}),
     ({"distill_on": "features"}, {"distill_temperature"}),
 ]

@@ -36,7 +36,10 @@ def test_patches_and_words_are_those_of_clip() -> None:
         known = encoder.clip(
             pixel_values=batch.images, input_ids=batch.token_ids, attention_mask=batch.token_mask.long()
         )
-    cosines = torch.nn.functional.normalize(image.whole, dim=1), torch.nn.functional.normalize(text.whole, dim=1)
+    cosines = (
+        torch.nn.functional.normalize(image.whole, dim=1),
+        torch.nn.functional.normalize(text.whole, dim=1),
+    )
     assert torch.allclose(cosines[0], known.image_embeds, atol=1e-6)
     assert torch.allclose(cosines[1], known.text_embeds, atol=1e-6)
     assert image.patches.shape == (3, 64, 64)
@@ -111,7 +114,9 @@ def test_bert_and_swin_checkpoints_reach_the_stages(tmp_path: Path) -> None:
     text, image = build_bert(MAGNET_SETTINGS, TASK), build_swin(MAGNET_SETTINGS, TASK)
     text.save_pretrained(tmp_path / "bert")
     save_file({**image.state_dict(), "head.fc.weight": torch.zeros(2, 128)}, tmp_path / "swin.safetensors")
-    method = magnet(bert_checkpoint=str(tmp_path / "bert"), swin_checkpoint=str(tmp_path / "swin.safetensors"))
+    method = magnet(
+        bert_checkpoint=str(tmp_path / "bert"), swin_checkpoint=str(tmp_path / "swin.safetensors")
+    )
     for number, stage in enumerate(method.network.encoder.stages):
         for mine, known in ((stage.image, image.layers[number]), (stage.text[0], text.encoder.layer[number])):
             for name, value in known.state_dict().items():
@@ -130,5 +135,7 @@ def test_a_swin_of_another_window_is_resized_and_one_of_another_width_refused(tm
 
 
 def test_a_missing_package_is_named() -> None:
-    with pytest.raises(ValueError, match=r"CLIPModel needs the package transformers .*stillhouse\[grounding\]"):
+    with pytest.raises(
+        ValueError, match=r"CLIPModel needs the package transformers .*stillhouse\[grounding\]"
+    ):
         transformers_part("transformers_of_another_world", "CLIPModel")

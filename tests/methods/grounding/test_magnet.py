@@ -62,7 +62,11 @@ def test_every_parameter_gets_a_gradient_after_one_step(changes: dict[str, Any])
 
 
 def test_weights_of_zero_leave_their_term_and_its_modules_out() -> None:
-    losses = {"ground_weight": "ground", "align_pixel_weight": "align_pixel", "align_text_weight": "align_text"}
+    losses = {
+        "ground_weight": "ground",
+        "align_pixel_weight": "align_pixel",
+        "align_text_weight": "align_text",
+    }
     for weight, loss in losses.items():
         found = magnet(**{weight: 0.0})(make_batch()).losses
         assert set(found) == {"mask_bce", "mask_dice", *losses.values()} - {loss}
@@ -75,7 +79,9 @@ def test_a_shared_pass_reads_the_masked_sentence_once_and_a_separate_one_both() 
     batch = make_batch(3)
     for grounding_pass, num_passes in (("shared", 1), ("separate", 2)):
         method, seen = magnet(grounding_pass=grounding_pass), []
-        method.network.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].token_ids))
+        method.network.register_forward_pre_hook(
+            lambda _, inputs, seen=seen: seen.append(inputs[0].token_ids)
+        )
         step = method(batch)
         assert len(seen) == num_passes
         hidden = method.selection(batch).token_ids
@@ -91,7 +97,9 @@ def test_other_words_are_hidden_in_another_epoch_and_the_same_again_in_this_one(
     later = method.selection(batch._replace(epoch=1))
     assert torch.equal(first.selected, again.selected)
     assert not torch.equal(first.selected, later.selected)
-    part = batch._replace(**{name: getattr(batch, name)[3:5] for name in ("token_ids", "token_mask", "indices")})
+    part = batch._replace(
+        **{name: getattr(batch, name)[3:5] for name in ("token_ids", "token_mask", "indices")}
+    )
     assert torch.equal(method.selection(part).selected, first.selected[3:5])
 
 

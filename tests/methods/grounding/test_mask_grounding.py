@@ -22,9 +22,7 @@ def draws(num_rows: int, length: int) -> tuple[Tensor, Tensor]:
 
 def test_shares_of_selected_and_replaced_words() -> None:
     ids = IDS[:1].expand(40_000, 6)
-    found = select_words(
-        ids, ids != 0, draws(40_000, 6), mask_id=2, probability=0.15, at_least_one=False
-    )
+    found = select_words(ids, ids != 0, draws(40_000, 6), mask_id=2, probability=0.15, at_least_one=False)
     assert found.selected[:, 1:4].float().mean() == pytest.approx(0.15, abs=0.005)
     assert not found.selected[:, [0, 4, 5]].any()
     replaced = found.token_ids == 2

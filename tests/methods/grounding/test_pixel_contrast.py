@@ -33,7 +33,9 @@ def test_both_losses_equal_plain_loops() -> None:
         pos = [positives[row, place] for place in range(4) if real_k[row, place]]
         neg = [negatives[row, place] for place in range(5) if real_m[row, place]]
         pairs = [(i, j) for i in range(len(pos)) for j in range(len(pos)) if i != j]
-        pixels += sum(nll(float(pos[i] @ pos[j]), [float(pos[i] @ k) for k in neg]) for i, j in pairs) / len(pairs)
+        pixels += sum(nll(float(pos[i] @ pos[j]), [float(pos[i] @ k) for k in neg]) for i, j in pairs) / len(
+            pairs
+        )
         against = [float(k @ sentence[row]) for k in neg]
         texts += sum(nll(float(vector @ sentence[row]), against) for vector in pos) / len(pos)
     found = pixel_contrast(positives, real_k, negatives, real_m, temperature=TAU)
@@ -49,7 +51,9 @@ def test_worked_values_of_equal_and_opposite_pixels(sign: int) -> None:
     expected = math.log1p(9 * math.exp((sign - 1) / TAU))
     arguments = vector.expand(1, 4, 6), real[:, :4], sign * vector.expand(1, 9, 6), real
     assert float(pixel_contrast(*arguments, temperature=TAU)) == pytest.approx(expected, rel=1e-6)
-    assert float(text_contrast(*arguments, vector[:, 0], temperature=TAU)) == pytest.approx(expected, rel=1e-6)
+    assert float(text_contrast(*arguments, vector[:, 0], temperature=TAU)) == pytest.approx(
+        expected, rel=1e-6
+    )
     assert expected == pytest.approx(2.3026 if sign == 1 else 9 * math.exp(-20), rel=1e-4)
 
 
