@@ -26,7 +26,7 @@ class LatentVGSettings(GroundingSettings, MultiwaySettings):
     attribute_lengths: tuple[int, ...] = (4, 10)
     """Attribute tokens of each latent expression; its length is their number (N). Empty: no latent expressions."""
     word_drop: tuple[float, ...] = (0.2, 0.15)
-    """Rate at which each latent expression misses words in training; one number stands for all."""
+    """Rate at which each latent expression misses words in training; the last one stands for all that follow."""
     drop_unit: DropUnit = "word"
     """Whether whole words are missed, or single numbers of their vectors."""
     margin: float = 0.2
@@ -73,13 +73,8 @@ class LatentVGSettings(GroundingSettings, MultiwaySettings):
     def _check_latent(self) -> None:
         if any(length < 1 for length in self.attribute_lengths):
             raise ValueError(f"attribute_lengths must be at least 1 each, got {self.attribute_lengths!r}")
-        if not all(0 <= rate < 1 for rate in self.word_drop):
-            raise ValueError(f"word_drop must be at least 0 and below 1 each, got {self.word_drop!r}")
-        if self.attribute_lengths and len(self.word_drop) not in (1, self.num_expressions):
-            raise ValueError(
-                f"word_drop must name one rate, or one for each of {self.num_expressions} latent expressions, "
-                f"got {self.word_drop!r}"
-            )
+        if not self.word_drop or not all(0 <= rate < 1 for rate in self.word_drop):
+            raise ValueError(f"word_drop must be rates of at least 0 and below 1, got {self.word_drop!r}")
         if self.margin > 2:
             raise ValueError(f"margin must be at most 2, the span of a cosine, got {self.margin!r}")
         if self.num_concepts > self.width:
@@ -95,7 +90,8 @@ class LatentVGSettings(GroundingSettings, MultiwaySettings):
     @property
     def word_drop_rates(self) -> tuple[float, ...]:
         """A rate for each latent expression."""
-        return self.word_drop if len(self.word_drop) != 1 else self.word_drop * self.num_expressions
+        last = len(self.word_drop) - 1
+        return tuple(self.word_drop[min(number, last)] for number in range(self.num_expressions))
 
 
 def latent_without_effect(settings: LatentVGSettings) -> frozenset[str]:
@@ -109,6 +105,6 @@ def latent_without_effect(settings: LatentVGSettings) -> frozenset[str]:
         names |= INJECTOR
     if not settings.use_concept_injector and not settings.use_subject_distributor:
         names |= {"inject_at"}
-    if not any(settings.word_drop):
+    if not any(settings.word_drop_rates):
         names |= {"drop_unit"}
     return frozenset(names)

@@ -183,8 +183,8 @@ def test_what_has_an_effect_is_not_called_idle() -> None:
     ("changes", "message"),
     [
         ({"attribute_lengths": (4, 0)}, "attribute_lengths must be at least 1"),
-        ({"word_drop": (0.2, 0.1, 0.1)}, "one for each of 2"),
-        ({"word_drop": (1.0,)}, "word_drop must be at least 0 and below 1"),
+        ({"word_drop": ()}, "word_drop must be rates"),
+        ({"word_drop": (1.0,)}, "word_drop must be rates of at least 0 and below 1"),
         ({"num_concepts": 49}, "num_concepts must be at most the width"),
         ({"margin": -0.1}, "margin"),
         ({"margin": 2.5}, "margin must be at most 2"),
@@ -200,5 +200,10 @@ def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) 
         settings(**changes)
 
 
-def test_one_rate_stands_for_all_expressions() -> None:
-    assert settings(word_drop=(0.3,)).word_drop_rates == (0.3, 0.3)
+@pytest.mark.parametrize(
+    ("rates", "expected"), [((0.3,), (0.3, 0.3)), ((0.3, 0.1), (0.3, 0.1)), ((0.3, 0.1, 0.5), (0.3, 0.1))]
+)
+def test_the_last_rate_stands_for_all_that_follow(
+    rates: tuple[float, ...], expected: tuple[float, ...]
+) -> None:
+    assert settings(word_drop=rates).word_drop_rates == expected
