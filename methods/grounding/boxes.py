@@ -6,6 +6,8 @@ Shape legend: H, W = sides of a mask, M = boxes, K = predicted boxes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -110,3 +112,18 @@ def match_boxes(
         overlaps = np.delete(np.delete(overlaps, row, axis=0), column, axis=1)
         num_hits += 1
     return BoxMatch(2 * num_hits / (len(kept) + len(truth)), False)
+
+
+def summarise_boxes(matches: Sequence[BoxMatch], is_empty: Sequence[bool]) -> dict[str, float]:
+    """Percent of expressions whose boxes were all found and no other (``grec_precision``), with ``n_acc`` and ``t_acc``.
+
+    Always quote all three: a network that never answers has an ``n_acc`` of 100.
+    """
+    right = [match.f1 >= 1 for match in matches]
+    silent = [match.says_none for match, empty in zip(matches, is_empty, strict=True) if empty]
+    spoken = [not match.says_none for match, empty in zip(matches, is_empty, strict=True) if not empty]
+    names = ("grec_precision", "n_acc", "t_acc")
+    return {
+        name: 100 * sum(hits) / len(hits) if hits else math.nan
+        for name, hits in zip(names, (right, silent, spoken), strict=True)
+    }

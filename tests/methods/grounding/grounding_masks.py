@@ -18,6 +18,34 @@ def rectangles(*corners: tuple[int, int, int, int], sides: tuple[int, int] = (4,
     return mask
 
 
+NOTHING = rectangles()
+CLASSIC = [
+    (rectangles((0, 0, 2, 2)), rectangles((0, 0, 2, 2))),
+    (rectangles((0, 0, 2, 2)), rectangles((0, 0, 1, 2))),
+    (rectangles((0, 0, 2, 3)), rectangles((0, 2, 2, 4))),
+    (rectangles((3, 0, 4, 3)), NOTHING),
+]
+"""Truth and prediction of four expressions in pictures of 4 x 6."""
+GENERALISED = [
+    (rectangles((0, 0, 2, 4)), rectangles((0, 0, 2, 3)), 0),
+    (rectangles((0, 0, 2, 2)), rectangles((0, 0, 1, 2), (1, 0, 2, 1), (3, 0, 4, 2)), 1),
+    (NOTHING, NOTHING, 1),
+    (NOTHING, rectangles((0, 0, 1, 5)), 0),
+    (NOTHING, NOTHING, 0),
+    (rectangles((0, 0, 1, 6), (1, 0, 2, 1)), NOTHING, 0),
+]
+"""Truth, raw mask and no-target flag of six expressions, some of which name nothing."""
+
+
+def random_pairs(count: int, seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor], list[bool]]:
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.rand(count, 7, 9, generator=generator) > torch.rand(count, 1, 1, generator=generator)
+    truths = torch.rand(count, 7, 9, generator=generator) > torch.rand(count, 1, 1, generator=generator)
+    empty = (torch.rand(count, generator=generator) < 0.2).tolist()
+    truths[torch.tensor(empty)] = False
+    return list(masks), list(truths), empty
+
+
 def batch_of(
     truths: Sequence[Tensor], is_empty: Sequence[bool] | None = None, first: int = 0
 ) -> GroundingBatch:

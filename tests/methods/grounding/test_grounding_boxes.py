@@ -9,7 +9,15 @@ from grounding_masks import rectangles
 from torchvision.ops import box_iou as torchvision_iou
 from torchvision.ops import generalized_box_iou
 
-from methods.grounding.boxes import NO_BOX, box_iou, box_of_mask, centred, corners, match_boxes
+from methods.grounding.boxes import (
+    NO_BOX,
+    box_iou,
+    box_of_mask,
+    centred,
+    corners,
+    match_boxes,
+    summarise_boxes,
+)
 
 TEN = (0, 0, 10, 10)
 
@@ -108,3 +116,13 @@ def test_generalised_overlap_finds_never_more_where_targets_are_apart() -> None:
         assert strict <= plain
         worse += strict < plain
     assert worse
+
+
+def test_a_silent_model_is_always_right_about_nothing() -> None:
+    nothing = np.zeros((0, 4))
+    truths = [np.array(TWO), nothing, nothing, np.array(TWO)]
+    silent = [match_boxes(truth, nothing, np.zeros(0)) for truth in truths]
+    is_empty = [not len(truth) for truth in truths]
+    assert summarise_boxes(silent, is_empty) == {"grec_precision": 50.0, "n_acc": 100.0, "t_acc": 0.0}
+    perfect = [match_boxes(truth, truth, np.ones(len(truth))) for truth in truths]
+    assert set(summarise_boxes(perfect, is_empty).values()) == {100.0}

@@ -7,27 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from grounding_masks import batch_of, output_of, rectangles
+from grounding_masks import CLASSIC, GENERALISED, NOTHING, batch_of, output_of, random_pairs, rectangles
 
 from methods.grounding.contracts import GroundingBatch, GroundingOutput
 from methods.grounding.metrics import GROUNDING_METRICS, grounding_sums, summarise_grounding
 from methods.grounding.protocols import PROTOCOLS, EvaluationProtocol, protocol_named
-
-NOTHING = rectangles()
-CLASSIC = [
-    (rectangles((0, 0, 2, 2)), rectangles((0, 0, 2, 2))),
-    (rectangles((0, 0, 2, 2)), rectangles((0, 0, 1, 2))),
-    (rectangles((0, 0, 2, 3)), rectangles((0, 2, 2, 4))),
-    (rectangles((3, 0, 4, 3)), NOTHING),
-]
-GENERALISED = [
-    (rectangles((0, 0, 2, 4)), rectangles((0, 0, 2, 3)), 0),
-    (rectangles((0, 0, 2, 2)), rectangles((0, 0, 1, 2), (1, 0, 2, 1), (3, 0, 4, 2)), 1),
-    (NOTHING, NOTHING, 1),
-    (NOTHING, rectangles((0, 0, 1, 5)), 0),
-    (NOTHING, NOTHING, 0),
-    (rectangles((0, 0, 1, 6), (1, 0, 2, 1)), NOTHING, 0),
-]
 
 
 def scores(output: GroundingOutput, batch: GroundingBatch, protocol: str = "ours") -> dict[str, float]:
@@ -122,15 +106,6 @@ def test_sums_go_beyond_two_to_the_31() -> None:
     many = {name: value.double() * 2**33 for name, value in sums.items()}
     many["intersection"] = torch.tensor(2.0**33 + 1, dtype=torch.float64)
     assert summarise_grounding(many)["oiou"] == 100 * (2**33 + 1) / 2**33
-
-
-def random_pairs(count: int, seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor], list[bool]]:
-    generator = torch.Generator().manual_seed(seed)
-    masks = torch.rand(count, 7, 9, generator=generator) > torch.rand(count, 1, 1, generator=generator)
-    truths = torch.rand(count, 7, 9, generator=generator) > torch.rand(count, 1, 1, generator=generator)
-    empty = (torch.rand(count, generator=generator) < 0.2).tolist()
-    truths[torch.tensor(empty)] = False
-    return list(masks), list(truths), empty
 
 
 def test_a_plain_loop_gives_the_same() -> None:
