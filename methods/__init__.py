@@ -25,6 +25,12 @@ from methods.distil.rkd import RelationalDistillation
 from methods.distil.similarity import SimilarityPreserving
 from methods.distil.tekap import Tekap
 from methods.grounding.cm_masksd import CmMaskSD
+from methods.grounding.grounding_students import (
+    CmMaskSDStudent,
+    LatentVGStudent,
+    MagNetStudent,
+    SharedRISStudent,
+)
 from methods.grounding.latent_vg import LatentVG
 from methods.grounding.magnet import MagNet
 from methods.grounding.shared_ris import SharedRIS
@@ -55,6 +61,10 @@ METHODS: Mapping[str, type[Method]] = {
     "shared_ris": SharedRIS,
     "cm_masksd": CmMaskSD,
     "magnet": MagNet,
+    "latent_vg_kd": LatentVGStudent,
+    "shared_ris_kd": SharedRISStudent,
+    "cm_masksd_kd": CmMaskSDStudent,
+    "magnet_kd": MagNetStudent,
 }
 
 BUILTIN = Catalog(methods=METHODS, models=MODELS, datasets=DATASETS)

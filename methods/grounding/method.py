@@ -34,6 +34,9 @@ UNDECAYED = ("positions", "token", "bank")
 class GroundingNetwork(nn.Module):
     """What a grounding method trains: pictures and sentences in, ``GroundingOutput`` out."""
 
+    task: GroundingTask | None = None
+    """What it was built for, set by its method."""
+
     @abstractmethod
     def forward(self, batch: GroundingBatch, draws: Draws | None = None) -> GroundingOutput:
         """Masks for ``batch``. Reads images and sentences only, so that masks and boxes may be absent.
@@ -70,6 +73,7 @@ class GroundingMethod(Method):
         if task.may_be_empty and not settings.empty_head:
             raise ValueError(no_head(type(self).__name__))
         self.network = self.build_network(settings, task)
+        self.network.task = task
         self.register_buffer("seed", torch.randint(1 << 31, ()))
 
     @classmethod
@@ -145,6 +149,7 @@ class GroundingMethod(Method):
         with torch.random.fork_rng(devices=[]):
             network = cls.build_network(cls.without_sources(source.settings), source.task)
         network.load_state_dict(dict(source.weights), strict=True)
+        network.task = source.task
         return Teacher(
             network=freeze(network), num_features=source.settings.channels, num_classes=1, key=source.key
         )

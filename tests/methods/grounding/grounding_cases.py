@@ -14,6 +14,7 @@ from methods.base import Source
 from methods.catalog import Catalog
 from methods.grounding.cm_masksd import CmMaskSD
 from methods.grounding.contracts import GroundingBatch, GroundingTask
+from methods.grounding.grounding_students import LatentVGStudent, SharedRISStudent
 from methods.grounding.latent_vg import LatentVG
 from methods.grounding.magnet import MagNet
 from methods.grounding.method import GroundingMethod
@@ -48,6 +49,8 @@ class GroundingCase:
     """Total of the first step with seed 0 on the first batch."""
     smoke: bool = False
     """Whether it trains in the smoke test: one form of each method is enough."""
+    teacher: str = ""
+    """Case whose artifact teaches it."""
 
 
 LATENT_SMALL = LatentVG.presets["latent_vg_small"]
@@ -222,13 +225,44 @@ CASES: dict[str, GroundingCase] = {
     ),
 }
 
+ADAPTED = ("seed", "pixel_adapter", "sentence_adapter")
+KD = (
+    Auxiliary(weight="kd_weight", loss="kd", functions=("methods.grounding.grounding_kd.mask_divergence",)),
+    Auxiliary(
+        weight="pixel_weight", loss="pixels", functions=("methods.grounding.grounding_kd.pixel_distance",)
+    ),
+    Auxiliary(
+        weight="sentence_weight",
+        loss="sentence",
+        functions=("methods.grounding.grounding_kd.feature_distance",),
+    ),
+)
+CASES |= {
+    "latent_vg_kd": GroundingCase(
+        method=LatentVGStudent,
+        settings={**LATENT_SMALL, **TINY},
+        teacher="shared_ris-pyramid",
+        beside=ADAPTED,
+    ),
+    "shared_ris_kd": GroundingCase(
+        method=SharedRISStudent,
+        settings={**SHARED_SMALL, **TINY, "taps": (1, 2)},
+        teacher="latent_vg-after-attention",
+        beside=ADAPTED,
+        auxiliary=KD,
+    ),
+}
+
 
 def build(name: str, *, seed: int = 0, **changes: Any) -> GroundingMethod:
     """A fresh method of the case; ``changes`` replace settings."""
     case = CASES[name]
     torch.manual_seed(seed)
     settings = case.method.Settings(**{**case.settings, **changes})
-    return case.method(settings, task=case.task, model=None, inputs={})
+    inputs = (
+        {"teacher": finished(build(case.teacher, seed=7), case.teacher).teacher()} if case.teacher else {}
+    )
+    return case.method(settings, task=case.task, model=None, inputs=inputs)
 
 
 def finished(method: GroundingMethod, name: str) -> Source:
