@@ -12,9 +12,11 @@ from torch import Tensor
 
 from methods.base import Source
 from methods.catalog import Catalog
+from methods.grounding.cm_masksd import CmMaskSD
 from methods.grounding.contracts import GroundingBatch, GroundingTask
 from methods.grounding.grounding_students import LatentVGStudent, SharedRISStudent
 from methods.grounding.latent_vg import LatentVG
+from methods.grounding.magnet import MagNet
 from methods.grounding.method import GroundingMethod
 from methods.grounding.shared_ris import SharedRIS
 
@@ -62,9 +64,45 @@ GIOU = Auxiliary(weight="box_giou_weight", loss="box_giou", functions=("methods.
 CONTRAST = Auxiliary(
     weight="contrast_weight", loss="contrast", functions=("methods.grounding.latent_vg.margin_contrast",)
 )
+CM_SMALL = CmMaskSD.presets["cm_masksd_small"]
+MAGNET_SMALL = MagNet.presets["magnet_small"]
 TINY: Mapping[str, Any] = {"width": 48, "num_layers": 2, "channels": 16}
 """For further forms of a method, whose size says nothing."""
+CM_TINY: Mapping[str, Any] = {
+    "vision_width": 48,
+    "vision_layers": 2,
+    "text_width": 48,
+    "text_layers": 2,
+    "shared_width": 32,
+    "channels": 16,
+    "decoder_layers": 1,
+}
+MAGNET_TINY: Mapping[str, Any] = {"swin_width": 8, "bert_width": 48, "channels": 16}
 HEADS: Mapping[str, Any] = {"box_head": True, "empty_head": True}
+
+VISION, LANGUAGE = (
+    Auxiliary(weight=f"{branch}_weight", loss=f"{branch}_agreement") for branch in ("vision", "language")
+)
+ONLY_VISION = Auxiliary(
+    weight="vision_weight",
+    loss="vision_agreement",
+    functions=tuple(
+        f"methods.grounding.cm_masksd.{name}" for name in ("hide", "correlations", "mask_divergence")
+    ),
+)
+GROUND, ALIGN_PIXEL, ALIGN_TEXT = (
+    Auxiliary(weight=weight, loss=loss, functions=tuple(f"methods.grounding.magnet.{name}" for name in names))
+    for weight, loss, names in (
+        ("ground_weight", "ground", ("select_words", "word_loss")),
+        ("align_pixel_weight", "align_pixel", ("pixel_contrast",)),
+        ("align_text_weight", "align_text", ("text_contrast",)),
+    )
+)
+CM_PARTS = {
+    "untrained": (r"network\.encoder\.clip\.logit_scale",),
+    "beside": ("seed", "num_rows_seen", "stand_ins"),
+}
+MAGNET_PARTS = {"beside": ("seed", "word_predictor")}
 
 CASES: dict[str, GroundingCase] = {
     "latent_vg": GroundingCase(
@@ -116,6 +154,74 @@ CASES: dict[str, GroundingCase] = {
             "taps": (1, 2, 3),
             "decoder_stride": 32,
         },
+    ),
+    "cm_masksd": GroundingCase(
+        method=CmMaskSD,
+        settings=CM_SMALL,
+        auxiliary=(DICE, CROSS_ENTROPY, VISION, LANGUAGE),
+        golden=1.36370,
+        smoke=True,
+        **CM_PARTS,
+    ),
+    "cm_masksd-vision": GroundingCase(
+        method=CmMaskSD,
+        settings={**CM_SMALL, **CM_TINY, "text_mask_ratio": 0.0},
+        auxiliary=(ONLY_VISION,),
+        **CM_PARTS,
+    ),
+    "cm_masksd-encoder-input": GroundingCase(
+        method=CmMaskSD,
+        settings={
+            **CM_SMALL,
+            **CM_TINY,
+            "mask_at": "encoder_input",
+            "mask_strategy": "sampled",
+            "distill_on": "features",
+            "supervise_masked": True,
+        },
+        **CM_PARTS,
+    ),
+    "cm_masksd-generalised": GroundingCase(
+        method=CmMaskSD,
+        settings={**CM_SMALL, **CM_TINY, **HEADS},
+        task=GENERALISED,
+        auxiliary=(L1, GIOU),
+        **CM_PARTS,
+    ),
+    "magnet": GroundingCase(
+        method=MagNet,
+        settings=MAGNET_SMALL,
+        auxiliary=(DICE, CROSS_ENTROPY, GROUND, ALIGN_PIXEL, ALIGN_TEXT),
+        golden=3.64626,
+        smoke=True,
+        **MAGNET_PARTS,
+    ),
+    "magnet-deformable": GroundingCase(
+        method=MagNet,
+        settings={
+            **MAGNET_SMALL,
+            **MAGNET_TINY,
+            "decoder": "deformable",
+            "channels": 32,
+            "decoder_heads": 4,
+            "decoder_layers": 1,
+            "query_layers": 3,
+        },
+        **MAGNET_PARTS,
+    ),
+    "magnet-generalised": GroundingCase(
+        method=MagNet,
+        settings={
+            **MAGNET_SMALL,
+            **MAGNET_TINY,
+            **HEADS,
+            "grounding_pass": "separate",
+            "pool_sizes": (),
+            "ground_inputs": ("mask",),
+        },
+        task=GENERALISED,
+        auxiliary=(L1, GIOU),
+        **MAGNET_PARTS,
     ),
 }
 

@@ -162,7 +162,8 @@ def test_the_artifact_is_the_network_and_teaches_as_it_was(name: str) -> None:
     assert not any(parameter.requires_grad for parameter in teacher.network.parameters())
     with torch.no_grad():
         expected, found = method.network(make_batch(2)), teacher.network(make_batch(2))
-    assert torch.equal(expected.mask_logits, found.mask_logits)
+    # Not to the bit: torch multiplies strided inputs in another way when a weight needs no gradient.
+    assert torch.allclose(expected.mask_logits, found.mask_logits, atol=1e-5)
 
 
 @every_case
