@@ -24,6 +24,16 @@ from methods.distil.review import Review
 from methods.distil.rkd import RelationalDistillation
 from methods.distil.similarity import SimilarityPreserving
 from methods.distil.tekap import Tekap
+from methods.grounding.cm_masksd import CmMaskSD
+from methods.grounding.grounding_students import (
+    CmMaskSDStudent,
+    LatentVGStudent,
+    MagNetStudent,
+    SharedRISStudent,
+)
+from methods.grounding.latent_vg import LatentVG
+from methods.grounding.magnet import MagNet
+from methods.grounding.shared_ris import SharedRIS
 from methods.kd import KnowledgeDistillation
 from methods.linear_probe import LinearProbe
 from methods.models import MODELS
@@ -47,6 +57,14 @@ METHODS: Mapping[str, type[Method]] = {
     "lskd": LogitStandardisation,
     "pskd": ProgressiveSelfDistillation,
     "linear_probe": LinearProbe,
+    "latent_vg": LatentVG,
+    "shared_ris": SharedRIS,
+    "cm_masksd": CmMaskSD,
+    "magnet": MagNet,
+    "latent_vg_kd": LatentVGStudent,
+    "shared_ris_kd": SharedRISStudent,
+    "cm_masksd_kd": CmMaskSDStudent,
+    "magnet_kd": MagNetStudent,
 }
 
 BUILTIN = Catalog(methods=METHODS, models=MODELS, datasets=DATASETS)

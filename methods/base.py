@@ -49,6 +49,18 @@ class Loss:
     weight: float = 1.0
 
 
+class UpdateRule(NamedTuple):
+    """How the optimizer treats a parameter, relative to the stage's training settings."""
+
+    learning_rate_factor: float = 1.0
+    """Multiplies the learning rate."""
+    is_decayed: bool = True
+    """Whether weight decay applies."""
+
+
+PLAIN_RULE = UpdateRule()
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What a training step gives: losses (a loss of weight 0 is logged, never summed) and detached metrics."""
@@ -283,6 +295,10 @@ class Method(nn.Module, ABC):
             labels_n: Label of each sample of the training split by its index, ``[n]``; -1 where it is held out.
             num_epochs: How many epochs will be trained.
         """
+
+    def update_rule(self, name: str, parameter: nn.Parameter) -> UpdateRule:
+        """How the optimizer treats the parameter of this name; by default as all others."""
+        return PLAIN_RULE
 
     @abstractmethod
     def forward(self, batch: AnyBatch) -> Step:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from methods.base import PLAIN_RULE, UpdateRule
 from orchestrator.errors import ConfigurationError
 from orchestrator.workers import SOLO, Workers
 
@@ -161,10 +162,16 @@ def learning_rate_factor(settings: TrainSettings, step: int, steps_per_epoch: in
     return float((1 - progress) ** settings.power) if settings.schedule == "poly" else 1.0
 
 
-def make_optimizer(settings: TrainSettings, parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """The optimizer over ``parameters``, in one group, in the fused implementation where there is one."""
+def make_optimizer(
+    settings: TrainSettings, parameters: Sequence[nn.Parameter], rules: Sequence[UpdateRule] = ()
+) -> Optimizer:
+    """The optimizer over ``parameters``, in the fused implementation where there is one.
+
+    They are in one group for each distinct one of ``rules`` (which are as many as parameters, or none).
+    """
+    groups = _grouped(settings, parameters, rules)
     if settings.optimizer not in ("sgd", "adamw"):
-        return _timm_optimizer(settings, parameters)
+        return _timm_optimizer(settings, groups)
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
     shared: dict[str, Any] = {
         "lr": settings.learning_rate,
@@ -172,8 +179,8 @@ def make_optimizer(settings: TrainSettings, parameters: Sequence[nn.Parameter]) 
         "fused": fused,
     }
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **shared)
-    sgd = torch.optim.SGD(parameters, momentum=settings.momentum, nesterov=settings.nesterov, **shared)
+        return torch.optim.AdamW(groups, **shared)
+    sgd = torch.optim.SGD(groups, momentum=settings.momentum, nesterov=settings.nesterov, **shared)
     if settings.momentum > 0:
         # Torch leaves fused buffers uninitialised when the very first step is skipped. Starting from zero is the
         # same arithmetic, and safe.
@@ -182,12 +189,29 @@ def make_optimizer(settings: TrainSettings, parameters: Sequence[nn.Parameter]) 
     return sgd
 
 
-def _timm_optimizer(settings: TrainSettings, parameters: Sequence[nn.Parameter]) -> Optimizer:
+def _grouped(
+    settings: TrainSettings, parameters: Sequence[nn.Parameter], rules: Sequence[UpdateRule]
+) -> list[dict[str, Any]]:
+    """Groups as torch takes them. Their learning rate is set at every step, by the factor that they carry."""
+    members: dict[UpdateRule, list[nn.Parameter]] = {}
+    for parameter, rule in zip(parameters, rules or [PLAIN_RULE] * len(parameters), strict=True):
+        members.setdefault(rule, []).append(parameter)
+    return [
+        {
+            "params": group,
+            "learning_rate_factor": rule.learning_rate_factor,
+            "weight_decay": settings.weight_decay if rule.is_decayed else 0.0,
+        }
+        for rule, group in members.items()
+    ]
+
+
+def _timm_optimizer(settings: TrainSettings, groups: list[dict[str, Any]]) -> Optimizer:
     from timm.optim import create_optimizer_v2
 
     try:
         optimizer: Optimizer = create_optimizer_v2(
-            parameters,
+            groups,
             opt=settings.optimizer.removeprefix("timm/"),
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
@@ -217,9 +241,10 @@ class Updater:
         *,
         device: torch.device,
         workers: Workers = SOLO,
+        rules: Sequence[UpdateRule] = (),
     ) -> None:
         self.settings, self.parameters, self.workers = settings, parameters, workers
-        self.optimizer = make_optimizer(settings, parameters)
+        self.optimizer = make_optimizer(settings, parameters, rules)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         is_fused = all(group.get("fused") for group in self.optimizer.param_groups)
         self.is_deferred = device.type != "cpu" and (is_fused or self.scaler.is_enabled())
@@ -236,7 +261,7 @@ class Updater:
     def step(self, loss: Tensor, learning_rate: float) -> None:
         """Clip, check, update and clear the gradients. ``loss`` is the detached total that was minimised."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("learning_rate_factor", 1.0)
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = _norm(gradients, loss)

@@ -51,8 +51,10 @@ class RunState:
         self, method: Method, settings: TrainSettings, *, device: torch.device, workers: Workers, clock: Clock
     ) -> None:
         self.method, self.device, self.workers, self.clock = method.to(device), device, workers, clock
-        parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
-        self.updater = Updater(settings, parameters, device=device, workers=workers)
+        trained = [item for item in method.named_parameters() if item[1].requires_grad]
+        parameters = [parameter for _, parameter in trained]
+        rules = [method.update_rule(name, parameter) for name, parameter in trained]
+        self.updater = Updater(settings, parameters, rules=rules, device=device, workers=workers)
         self.average = WeightAverage(method, settings.ema_decay) if settings.ema_decay > 0 else None
         self.epoch = self.position = self.resumed_epochs = self.num_rows = 0
         self.sums: Tensor | None = None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from methods.base import UpdateRule
 from orchestrator.checkpoint import from_bytes, to_bytes
 from orchestrator.errors import ConfigurationError
 from orchestrator.optimisation import (
@@ -273,3 +274,28 @@ def test_weight_average_follows_the_formula_and_gives_the_weights_back() -> None
         assert module.count.item() == 3
     assert module.weight.tolist() == [3.0, 3.0]
     assert module.level.item() == 3.0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "timm/lamb"])
+def test_parameters_follow_their_rules(optimizer: str) -> None:
+    """A slower parameter moves by its factor, and one that is not decayed stays where no gradient pulls it."""
+    settings = TrainSettings(optimizer=optimizer, learning_rate=0.1, weight_decay=0.5, momentum=0.0)
+    plain, slow, kept = (nn.Parameter(torch.ones(3, 3)) for _ in range(3))
+    rules = [UpdateRule(), UpdateRule(0.25), UpdateRule(1.0, False)]
+    updater = Updater(settings, [plain, slow, kept], rules=rules, device=CPU)
+    assert len(updater.optimizer.param_groups) == 3
+    for parameter in (plain, slow, kept):
+        parameter.grad = torch.zeros(3, 3)
+    updater.step(torch.zeros(()), 0.1)
+    fallen = [float((1 - parameter.detach()).max()) for parameter in (plain, slow, kept)]
+    assert fallen[0] > 0
+    assert fallen[2] == 0
+    if optimizer != "timm/lamb":
+        assert fallen[1] == pytest.approx(0.25 * fallen[0], rel=1e-5)
+
+
+def test_equal_rules_make_one_group() -> None:
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    groups = make_optimizer(TrainSettings(), parameters, [UpdateRule()] * 3).param_groups
+    assert [len(group["params"]) for group in groups] == [3]
+    assert groups[0]["weight_decay"] == TrainSettings().weight_decay
