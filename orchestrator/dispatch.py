@@ -93,7 +93,7 @@ class Dispatcher:
 
     def next(self) -> Trial | None:
         """The next trial that can start now; None when none can (see ``finished``)."""
-        self._draw()
+        self.draw()
         in_work = {stage.key for other in self._running.values() for stage in other.stages}
         looked: dict[str, bool] = {}  # each key is looked at once, however many trials wait for it
 
@@ -114,7 +114,7 @@ class Dispatcher:
     @property
     def finished(self) -> bool:
         """Whether every trial has ended and no more will come."""
-        self._draw()
+        self.draw()
         return not self._running and (self._cancelled or (not self._queue and self._sampler.exhausted))
 
     @property
@@ -203,7 +203,7 @@ class Dispatcher:
             self._sampler.tell(question, values)
         state.questions.clear()
 
-    def _draw(self) -> None:
+    def draw(self) -> None:
         """Take as many new points from the sampler as it gives; confirm the best when everything has ended."""
         while not self._cancelled and (values := self._sampler.ask()) is not None:
             self._num_asked += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,10 @@ class Result:
 
     def table(self) -> pd.DataFrame:
         """One row per point, the best validation mean first. See ``orchestrator.report.table`` for the columns."""
+        return self._table.copy()
+
+    @cached_property
+    def _table(self) -> pd.DataFrame:
         return report.table(
             self.rows, self.spec.search.objectives, baseline=self.baseline, prices=self.spec.run.prices
         )
@@ -61,7 +66,7 @@ class Result:
     @property
     def best(self) -> pd.Series | None:
         """The row of the point with the best validation mean, baselines aside; None when nothing has finished."""
-        table = self.table()
+        table = self._table
         if table.empty:
             return None
         return report.best(table[~table["label"].isin(list(self.spec.baselines))])
@@ -102,7 +107,7 @@ class Result:
 
     def text(self, width: int = 120) -> str:
         """The table for a terminal."""
-        return report.to_text(self.table(), width)
+        return report.to_text(self._table, width)
 
     def plot(self, folder: Path | str | None = None) -> list[Path]:
         """Draw metric against each swept setting, learning curves, and accuracy against cost, as PNG and SVG."""
@@ -126,11 +131,12 @@ class Result:
 
     def _write(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        self.table().to_csv(folder / "table.csv", index=False)
+        self._table.to_csv(folder / "table.csv", index=False)
         report.cost_table(self.rows, self.spec.run.prices).to_csv(folder / "costs.csv", index=False)
         plots = self.plot() if any(row.history for row in self.rows) else []
         path = folder / "report.md"
-        path.write_text(hide(report.to_markdown(self._report(folder, plots))), encoding="utf-8")
+        text = report.to_markdown(self._report(folder, plots), self._table)
+        path.write_text(hide(text), encoding="utf-8")
         return path
 
     def write_best(self, trial: Trial) -> Path:
