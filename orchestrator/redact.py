@@ -78,11 +78,8 @@ def _is_secret_field(name: str) -> bool:
 
 def environment_secrets(environment: Mapping[str, str]) -> tuple[str, ...]:
     """Values of the variables whose names say that they are secret: ``MLFLOW_TRACKING_PASSWORD`` and its like."""
-    return tuple(
-        value
-        for name, value in environment.items()
-        if len(value) >= SHORTEST_SECRET and _names_secret(name)
-    )
+    values = [environment[name] for name in environment if _names_secret(name)]
+    return tuple(value for value in values if len(value) >= SHORTEST_SECRET)
 
 
 @lru_cache(4096)
