@@ -237,10 +237,14 @@ class _Run:
 
     def _save_when_due(self) -> bool:
         """Save if worker 0 finds that it is time; gives whether that was done."""
-        is_due = self.slot is not None and self.state.clock() - self.saved_at >= self.checkpoint_seconds
+        is_due = self.slot is not None and self.state.clock() - self.saved_at >= self._interval(self.slot)
         if is_due := self.workers.broadcast_flag(is_due):
             self._save()
         return is_due
+
+    def _interval(self, slot: CheckpointSlot) -> float:
+        """Seconds between checkpoints, so that one is kept, not only begun, when ``checkpoint_seconds`` have passed."""
+        return max(self.checkpoint_seconds - slot.lag_seconds, self.checkpoint_seconds / 2)
 
     def _save(self) -> None:
         tree = self.state.tree()
