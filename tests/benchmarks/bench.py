@@ -14,6 +14,7 @@ import argparse
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,8 +28,8 @@ from measurement import Measurement, machine, markdown
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "RESULTS.md"
-QUICK_SECONDS, FULL_SECONDS = 420.0, 3600.0
-"""How long one benchmark may take before it is ended and shown as failed."""
+QUICK_SECONDS, FULL_SECONDS = 900.0, 7200.0
+"""How long one benchmark may take before it is ended and shown as failed: several times what it needs on an idle machine."""
 MARK = "measurement: "
 
 
@@ -84,15 +85,19 @@ def run_apart(path: Path, *, quick: bool) -> list[Measurement]:
     with tempfile.TemporaryDirectory(prefix="b-") as folder:  # short: Ray's sockets lie below it
         own = {"RAY_TMPDIR": folder, "OMP_NUM_THREADS": "1"}
         environment = {name: text for name, text in os.environ.items() if name != "RAY_ADDRESS"} | own
+        child = subprocess.Popen(
+            command, env=environment, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
         try:
-            ended = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=seconds, check=False
-            )
+            out, err = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired as error:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
             raise RuntimeError(f"{path.stem}: not ready after {seconds:.0f} s") from error
-    if ended.returncode != 0:
-        raise RuntimeError(f"{path.stem}: ended with {ended.returncode}: {ended.stderr[-2000:]}")
-    return list(read_measurements(ended.stdout))
+    if child.returncode != 0:
+        raise RuntimeError(f"{path.stem}: ended with {child.returncode}: {err[-2000:]}")
+    return list(read_measurements(out))
 
 
 def read_measurements(text: str) -> Iterator[Measurement]:
