@@ -12,7 +12,7 @@ __all__ = ["ENVIRONMENT"]
 ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
 }
 """One heap for all threads, since the heaps of threads (a trial is one) cannot be kept; of blocks up to 32 MiB, the most
-that every glibc takes; up to 1 GiB of freed memory at its end. Other C libraries ignore all three."""
+that every glibc takes; up to 512 MiB of freed memory at its end. Other C libraries ignore all three."""

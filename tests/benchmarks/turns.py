@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -62,6 +63,6 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 def cpu_seconds() -> float:
     """CPU time of this process, its living children, and those that it has waited for."""
-    own = os.times()
-    total = own.user + own.system + own.children_user + own.children_system
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    total = sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, kinds))
     return total + sum(child.cpu_seconds for child in descendants(os.getpid()))
