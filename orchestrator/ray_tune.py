@@ -27,6 +27,7 @@ from ray import tune
 
 from methods import BUILTIN, Catalog
 from methods.data.base import ImageData
+from orchestrator import allocator
 from orchestrator.capacity import Waiting
 from orchestrator.data_section import DataSettings
 from orchestrator.dispatch import Dispatcher
@@ -91,7 +92,7 @@ def connect() -> None:
     Only a cluster made by ``ray start`` (or named by RAY_ADDRESS) is joined: a local one belongs to the process that
     started it and ends with it.
     """
-    for name, value in ENVIRONMENT.items():
+    for name, value in (ENVIRONMENT | allocator.ENVIRONMENT).items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         return
