@@ -98,9 +98,7 @@ class Planner:
         return known
 
     def _plan(self, point: Point, seed: int) -> Trial:
-        chain = self.spec.chain(
-            point.label, point.values, self._known.specs.setdefault(point.label, {})
-        )
+        chain = self.spec.chain(point.label, point.values, self._known.specs.setdefault(point.label, {}))
         stages = self._key_stages(point, chain, seed)
         return Trial(
             point=point,

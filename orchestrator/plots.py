@@ -68,11 +68,7 @@ def draw_curves(
     bases = [point for point in ranked if baseline in (point, groups[point][0].label)]
     searched = [point for point in ranked if point not in bases]
     sample = _evenly(searched, NUM_HIGHLIGHTED, NUM_CURVES)
-    curves = {
-        point: curve
-        for point in [*bases, *sample]
-        if (curve := _mean_curve(groups[point], metric))
-    }
+    curves = {point: curve for point in [*bases, *sample] if (curve := _mean_curve(groups[point], metric))}
     if not curves:
         return None
     drawn = [point for point in ranked if point in curves]

@@ -89,7 +89,9 @@ def _rest(frame: pd.DataFrame, shown: pd.DataFrame) -> str:
     left = frame.drop(shown.index)
     if left.empty:
         return ""
-    counts = ", ".join(f"{count} {_status_word(str(name))}" for name, count in left["status"].value_counts().items())
+    counts = ", ".join(
+        f"{count} {_status_word(str(name))}" for name, count in left["status"].value_counts().items()
+    )
     return f"The best {NUM_BEST} points of the search, and the baselines. table.csv also has the other {len(left)} ({counts})."
 
 

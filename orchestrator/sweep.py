@@ -240,9 +240,7 @@ class Sweep:
             budget_reached=run.spending.overshoot() if stopped else "",
         )
 
-    def _result(
-        self, dispatcher: Dispatcher, spent: Spent, manifests: Manifests | None = None
-    ) -> Result:
+    def _result(self, dispatcher: Dispatcher, spent: Spent, manifests: Manifests | None = None) -> Result:
         return Result(
             spec=self.spec,
             rows=trial_rows(dispatcher.trials.values(), dispatcher.outcomes, self.store, manifests),

@@ -13,7 +13,8 @@ import resource
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,25 +50,28 @@ class Simulated:
     """What a simulated sweep of so many trials took in this process."""
 
     num_trials: int
-    num_stage_runs: int
+    num_executed: int
+    """Stages that were run."""
     num_records: int
     """Journal records that the mirror was given."""
     plan_seconds: float
-    run_seconds: float
-    """From the call of ``run`` to the written report, all trials included."""
+    """CPU time, like all that follow: what other work on the machine disturbs least."""
+    drive_seconds: float
+    """From the first trial to the last, less what the trials do in their own processes, with the mirror's thread."""
     trial_seconds: float
-    """Of these, in what would be the trials' own processes."""
+    """What the trials do around their training: leases, artifact, costs."""
     again_seconds: float
-    """The same command again, in a new object: everything is recalled from the store."""
+    """The same command again, in a new object: everything is recalled from the store, and the report written."""
     results_seconds: float
     """``stillhouse results``: the rows, the text table and the report with its pictures."""
     resident_bytes: int
     """Memory of this process after the run, less that before it."""
+    peak_bytes: int
 
 
-def document(num_trials: int, folder: Path) -> dict[str, Any]:
-    """Teachers that differ in label smoothing, students that differ in temperature, one seed each."""
-    students = min(num_trials, STUDENTS_PER_TEACHER)
+def document(num_trials: int, folder: Path, students: int = STUDENTS_PER_TEACHER) -> dict[str, Any]:
+    """Teachers that differ in label smoothing, so many students of each that differ in temperature, one seed each."""
+    students = min(num_trials, students)
     return {
         "name": "many",
         "data": {"dataset": "digits", "validation": 0.2},
@@ -91,8 +95,11 @@ class StubStage:
     """In place of training: a few rows and a tiny artifact, as quickly as the store takes them."""
 
     store: Store
+    executed: list[str]
+    """Keys of the stages that were run, in order."""
 
     def __call__(self, stage: PlannedStage, report: Callable[[Row], bool | None]) -> None:
+        self.executed.append(stage.key)
         value = int(stage.key[:6], 16) / 16**6 * 100
         rows = [{"epoch": float(epoch), "top1": value * epoch / NUM_EPOCHS, "loss": 1.0, "time": time.time()} for epoch in range(1, NUM_EPOCHS + 1)]  # fmt: skip
         for row in rows:
@@ -173,19 +180,28 @@ class RoomForAll:
 class SimulatedSweep(Sweep):
     """A sweep that asks no cluster."""
 
-    trial_seconds = 0.0
+    trial_seconds = drive_seconds = 0.0
+    executed: list[str]
 
     def _room(self, display: Any) -> Any:
         return RoomForAll()
 
     def _run_on_ray(self, run: Any, monitor: Monitor, run_id: str, room: Any) -> None:
-        runner = TrialRunner(self.store, StubStage(self.store), self.spec.search.objectives, run_id)
+        self.executed = []
+        runner = TrialRunner(
+            self.store, StubStage(self.store, self.executed), self.spec.search.objectives, run_id
+        )
         recovery = Recovery(attempts=Attempts(0), room=room.look, lighten=lambda *_: False)
+        started = time.process_time()
         self.trial_seconds = drive(DispatchSearcher(self.spec, run.dispatcher, monitor, recovery), runner)
+        self.drive_seconds = time.process_time() - started - self.trial_seconds
 
 
 def drive(searcher: DispatchSearcher, runner: TrialRunner) -> float:
-    """Seconds that the trials themselves took, which would be spent in their own processes. What Tune's loop does: fill the slots, let the oldest trial run to its end, look around after every event."""
+    """What Tune's loop does: fill the slots, let the oldest trial run to its end, look around after every event.
+
+    Gives the CPU seconds that the trials took, which would be spent in their own processes.
+    """
     running: deque[str] = deque()
     number, trial_seconds = 0, 0.0
     while True:
@@ -197,7 +213,8 @@ def drive(searcher: DispatchSearcher, runner: TrialRunner) -> float:
             running.append(str(number))
             number += 1
         if not running:
-            assert suggestion == "FINISHED", "nothing runs and nothing can start"
+            if suggestion is None:
+                raise RuntimeError("nothing runs, and nothing can start")
             return trial_seconds
         trial_seconds += walk(searcher, runner, running.popleft())
         searcher.look_around()
@@ -206,20 +223,21 @@ def drive(searcher: DispatchSearcher, runner: TrialRunner) -> float:
 def walk(searcher: DispatchSearcher, runner: TrialRunner, trial_id: str) -> float:
     """One trial, in this process, with the reports that Tune would pass on afterwards. Gives the trial's own seconds."""
     rows: list[Row] = []
-    started = time.perf_counter()
+    started = time.thread_time()
     outcome = runner.run(searcher._trials[trial_id], rows.append)
-    seconds = time.perf_counter() - started
+    seconds = time.thread_time() - started
     assert outcome.status == "done", outcome.reason
     for row in rows[:-1]:
-        searcher.on_trial_result(trial_id, {ROW: json.dumps(row), OBJECTIVE: row["top1"], "epoch": row["epoch"]})
+        searcher.on_trial_result(
+            trial_id, {ROW: json.dumps(row), OBJECTIVE: row["top1"], "epoch": row["epoch"]}
+        )
     searcher._listener.tick()
     searcher.on_trial_complete(trial_id, {OUTCOME: json.dumps(asdict(outcome))})
     return seconds
 
 
-def new_sweep(num_trials: int, folder: Path) -> SimulatedSweep:
-    spec = Experiment(**document(num_trials, folder))._sweep.spec
-    return SimulatedSweep(spec)
+def new_sweep(num_trials: int, folder: Path, students: int = STUDENTS_PER_TEACHER) -> SimulatedSweep:
+    return SimulatedSweep(Experiment(**document(num_trials, folder, students))._sweep.spec)
 
 
 def simulate(num_trials: int, folder: Path) -> Simulated:
@@ -228,29 +246,36 @@ def simulate(num_trials: int, folder: Path) -> Simulated:
     new_sweep(1, folder).facts  # noqa: B018 - the data set's fingerprint, and the imports it needs
     before = resident_bytes()
     sweep = new_sweep(num_trials, folder)
-    times = [time.perf_counter()]
-    print(sweep.plan(), flush=True)
-    times.append(time.perf_counter())
+    seconds = {}
+    with timed(seconds, "plan"):
+        print(sweep.plan(), flush=True)
     result = sweep.run(quiet=True)
-    times.append(time.perf_counter())
     resident = resident_bytes() - before
-    assert sum(row.status == "done" for row in result.rows) == num_trials
-    num_stage_runs = sum(1 for _ in sweep.store.keys())
-    trial_seconds = sweep.trial_seconds
-    del sweep, result
-    times.append(time.perf_counter())
-    new_sweep(num_trials, folder).run(quiet=True)
-    times.append(time.perf_counter())
-    found = new_sweep(num_trials, folder).result()
-    print(found.text(140))
-    found.write()
-    times.append(time.perf_counter())
-    took = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    if sum(row.status == "done" for row in result.rows) != num_trials:
+        raise RuntimeError(
+            f"not every trial is done: {[row.reason for row in result.rows if row.reason][:3]}"
+        )
+    ran, sweep = sweep, new_sweep(num_trials, folder)
+    with timed(seconds, "again"):
+        sweep.run(quiet=True)
+    with timed(seconds, "results"):
+        found = new_sweep(num_trials, folder).result()
+        print(found.text(140))
+        found.write()
     return Simulated(
-        num_trials=num_trials, num_stage_runs=num_stage_runs, num_records=CountingMirror.num_records,
-        plan_seconds=took[0], run_seconds=took[1], trial_seconds=trial_seconds,
-        again_seconds=took[3], results_seconds=took[4], resident_bytes=resident,
+        num_trials=num_trials, num_executed=len(ran.executed), num_records=CountingMirror.num_records,
+        plan_seconds=seconds["plan"], drive_seconds=ran.drive_seconds, trial_seconds=ran.trial_seconds,
+        again_seconds=seconds["again"], results_seconds=seconds["results"], resident_bytes=resident,
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )  # fmt: skip
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note the CPU time of a block."""
+    started = time.process_time()
+    yield
+    seconds[name] = time.process_time() - started
 
 
 def resident_bytes() -> int:

@@ -20,7 +20,10 @@ class Line:
     """A queue with what is stored and in work around it."""
 
     def __init__(
-        self, points: Sequence[Mapping[str, Any]], costs: Mapping[str, float] | None = None, planner: Planner = PLANNER
+        self,
+        points: Sequence[Mapping[str, Any]],
+        costs: Mapping[str, float] | None = None,
+        planner: Planner = PLANNER,
     ) -> None:
         self.stored: set[str] = set()
         self.working: set[str] = set()
