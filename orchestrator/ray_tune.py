@@ -70,6 +70,10 @@ ENVIRONMENT = {
 """Tune's own loggers, folders and signal handling are not used: the store is the truth about what is finished."""
 
 
+REPORT_SECONDS = 10.0
+"""Without a scheduler Tune needs no more than a sign of life: each report makes the trial wait for the driver's answer."""
+
+
 class SharedData:
     """Data sets in Ray's object store: loaded once by the driver, mapped read-only into every trial's process."""
 
@@ -150,10 +154,15 @@ class _TrialFunction:
     def __call__(self, config: dict[str, Any]) -> None:
         trial = self.planner.trial(Point(config["values"], config["label"]), config["seed"])
         objective = trial_objective(self.planner)
+        pause_seconds = REPORT_SECONDS if self.planner.spec.search.scheduler.name == "none" else 0.0
+        reported = time.monotonic()
 
         def report(row: Row) -> None:
+            nonlocal reported
             # The last epoch goes unreported: a scheduler would stop what is finished, before its artifact is stored.
-            if objective in row and row["epoch"] < trial.final.epochs:
+            is_due = time.monotonic() - reported >= pause_seconds
+            if is_due and objective in row and row["epoch"] < trial.final.epochs:
+                reported = time.monotonic()
                 tune.report({ROW: json.dumps(row), OBJECTIVE: row[objective], "epoch": row["epoch"]})
 
         outcome = self.runner.run(trial, report)

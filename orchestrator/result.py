@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load as load_tensors
 
@@ -131,13 +134,31 @@ class Result:
 
     def _write(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        self._table.to_csv(folder / "table.csv", index=False)
+        table = self._table.to_csv(index=False)
+        (folder / "table.csv").write_text(table, encoding="utf-8")
         report.cost_table(self.rows, self.spec.run.prices).to_csv(folder / "costs.csv", index=False)
-        plots = self.plot() if any(row.history for row in self.rows) else []
+        plots = self._plot_where_new(folder, table)
         path = folder / "report.md"
         text = report.to_markdown(self._report(folder, plots), self._table)
         path.write_text(hide(text), encoding="utf-8")
         return path
+
+    def _plot_where_new(self, folder: Path, table: str) -> list[Path]:
+        """The pictures; those that are there already where they show the same, since drawing takes seconds."""
+        if not any(row.history for row in self.rows):
+            return []
+        shown = [version("stillhouse"), table, self.baseline, [(row.key, row.status) for row in self.rows]]
+        digest = hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+        note = folder / "pictures.json"
+        drawn = _read_note(note)
+        if drawn.get("digest") == digest and all((folder / name).exists() for name in drawn["names"]):
+            return [folder / name for name in drawn["names"]]
+        note.unlink(missing_ok=True)
+        paths = self.plot(folder)
+        note.write_text(
+            json.dumps({"digest": digest, "names": [path.name for path in paths]}), encoding="utf-8"
+        )
+        return paths
 
     def write_best(self, trial: Trial) -> Path:
         """Write the student of ``trial`` as a bundle: ``model.json`` and ``weights.safetensors``."""
@@ -160,3 +181,12 @@ class Result:
             prices=self.spec.run.prices,
             spent=self.spent,
         )
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    """What the pictures beside ``path`` show; empty where that is not known."""
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        return {"digest": str(note["digest"]), "names": [str(name) for name in note["names"]]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

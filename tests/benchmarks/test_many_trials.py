@@ -15,13 +15,18 @@ from orchestrator.store import Store
 
 
 @pytest.fixture(autouse=True)
-def _no_tracking_and_no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """No tracking and no pictures; notes which would have been drawn."""
+    asked: list[Path] = []
     monkeypatch.setattr(driver_simulation.sweep_module, "Mirror", CountingMirror)
-    monkeypatch.setattr(Result, "plot", lambda result, folder=None: [])
+    monkeypatch.setattr(Result, "plot", lambda result, folder=None: asked.append(folder) or [])
+    return asked
 
 
 @pytest.mark.parametrize(("num_trials", "students"), [(12, 3), (12, 12), (5, 1)])
-def test_n_students_of_d_teachers_are_d_plus_n_stages(tmp_path: Path, num_trials: int, students: int) -> None:
+def test_n_students_of_d_teachers_are_d_plus_n_stages(
+    tmp_path: Path, num_trials: int, students: int, drawn: list[Path]
+) -> None:
     sweep = new_sweep(num_trials, tmp_path, students)
     result = sweep.run(quiet=True)
     assert [row.status for row in result.rows] == ["done"] * num_trials
@@ -30,6 +35,10 @@ def test_n_students_of_d_teachers_are_d_plus_n_stages(tmp_path: Path, num_trials
     again = new_sweep(num_trials, tmp_path, students)
     assert again.run(quiet=True).table().equals(result.table())
     assert not hasattr(again, "executed")
+    assert len(drawn) == 1  # nothing new: the pictures are kept
+    (drawn[0] / "pictures.json").write_text("nonsense")
+    again.result().write()
+    assert len(drawn) == 2
 
 
 def test_a_trial_asks_the_store_as_often_in_a_large_sweep(
