@@ -130,9 +130,11 @@ def _series(
     for row in rows:
         found[row.settings[name]].append(row.metrics[metric])
     values = [value for value in places if value in found]
+    means = [spread(found[value]).mean for value in values]
+    look, size = ("-o", 5.5) if len(values) <= MAX_JOINED else ("o", 4.0)
     axes.plot(
-        [at(value) for value in values], [spread(found[value]).mean for value in values], "-o", ms=5.5,
-        lw=1.8, color=colour, label=label, zorder=3, rasterized=is_crowded,
+        [at(value) for value in values], means, look, ms=size, lw=1.8, color=colour, label=label, zorder=3,
+        rasterized=is_crowded,
     )  # fmt: skip
 
 

@@ -92,7 +92,8 @@ def _rest(frame: pd.DataFrame, shown: pd.DataFrame) -> str:
     counts = ", ".join(
         f"{count} {_status_word(str(name))}" for name, count in left["status"].value_counts().items()
     )
-    return f"The best {NUM_BEST} points of the search, and the baselines. table.csv also has the other {len(left)} ({counts})."
+    others = "" if (shown["label"] == "point").all() else ", and the baselines"
+    return f"The best {NUM_BEST} points of the search{others}. table.csv also has the other {len(left)} ({counts})."
 
 
 def _shortened(lines: Sequence[str]) -> list[str]:
