@@ -11,7 +11,7 @@ SEEDS ?= 1 2 3
 help:
 	@echo "make quickstart   install, then run a real sweep on handwritten digits (a few minutes on two cores)"
 	@echo "make test         install, then formatter, linter, types and the whole test suite"
-	@echo "make bench        what orchestration costs, as ratios"
+	@echo "make bench        every benchmark, as ratios, into tests/benchmarks/RESULTS.md (under 20 minutes on two cores)"
 	@echo "make chaos        one sweep per seed (SEEDS=\"1 2 3\") on hosts that are killed under it; root, Linux"
 	@echo "make format       format the code"
 
@@ -51,7 +51,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python tests/benchmarks/overhead.py
+	$(BIN)/python tests/benchmarks/bench.py
 
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python tests/cluster/chaos_loop.py --seeds $(SEEDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from orchestrator.optimisation import TrainSettings
 from orchestrator.references import each_reference, input_stage
 from orchestrator.settings import Problems, Typed, as_mapping, nearest, parse
 
-__all__ = ["Chain", "StageSpec", "resolve_chain", "with_baseline"]
+__all__ = ["Chain", "StageSpec", "resolve_chain", "stage_marks", "with_baseline"]
 
 COMMON = ("method", "model", "train", "seed", "data")
 """Settings that every stage may have besides those of its method."""
@@ -87,20 +86,40 @@ def resolve_chain(
     catalog: Catalog,
     problems: Problems,
     data: DataSettings | None = None,
+    known: dict[tuple[str, str], StageSpec] | None = None,
 ) -> Chain:
     """Type all ``stages`` with ``values`` laid over them; return those that lead to ``target``.
 
-    ``data`` is the experiment's section, which a stage's own may change.
+    ``data`` is the experiment's section, which a stage's own may change. ``known`` keeps the stages before the target,
+    which most points share, from one call with the same ``stages``, ``target``, ``catalog`` and ``data`` to the next.
     """
-    raw = {name: copy.deepcopy(dict(stage)) for name, stage in stages.items()}
+    raw = {name: dict(stage) for name, stage in stages.items()}
     for path, value in values.items():
         _lay_over(raw, path, value)
+    marks = {} if known is None else stage_marks(stages, values)
     typed: Chain = {}
     for name, stage in raw.items():
-        spec = _resolve_stage(name, dict(stage), raw, target, typed, catalog, problems, data)
+        spec = None if known is None else known.get((name, marks[name]))
+        if spec is None:
+            spec = _resolve_stage(name, dict(stage), raw, target, typed, catalog, problems, data)
+            if spec is not None and known is not None and name != target and not problems:
+                known[name, marks[name]] = spec
         if spec is not None:
             typed[name] = spec
     return _ancestors(typed, target) if not problems else typed
+
+
+def stage_marks(stages: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, str]:
+    """Stage -> text of all ``values`` that can change it: its own and those of the stages before it."""
+    own: dict[str, list[tuple[str, Any]]] = {}
+    for path, value in values.items():
+        own.setdefault(path.partition(".")[0], []).append((path, value))
+    marks, text = {}, ""
+    for name in stages:
+        if name in own:
+            text += repr(own[name])
+        marks[name] = text
+    return marks
 
 
 def _lay_over(raw: dict[str, dict[str, Any]], path: str, value: Any) -> None:

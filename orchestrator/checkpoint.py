@@ -88,9 +88,15 @@ class Checkpoints:
         self._key = key
         self._folder = f"work/{key}"
 
+    lag_seconds = 0.0
+    """What ``save`` returns from, is kept."""
+
     def save(self, tree: Any) -> None:
         """Keep the tree as the newest checkpoint, then drop all but the last two."""
-        contents = to_bytes(tree)
+        self.write(to_bytes(tree))
+
+    def write(self, contents: Mapping[str, bytes]) -> None:
+        """Keep what ``to_bytes`` made of a tree, as ``save`` does."""
         older = self._numbered()
         number = _number(older[-1]) + 1 if older else 1
         name = f"{number:08d}-{uuid.uuid4().hex[:8]}"

@@ -2,13 +2,13 @@
 
 The dispatcher knows the whole sweep: points from the sampler, their seeds, the baselines. It holds a trial back
 while a stage that the trial needs is being made by another one, so that a trial which waits occupies nothing; it
-answers a trial that is stored already from the store; and it runs the best points on more seeds in the end.
+answers a trial that is stored already from the store; it begins with the stages that most trials wait for; and it runs the
+best points on more seeds in the end.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,6 +16,8 @@ from typing import Literal
 from orchestrator.errors import ConfigurationError
 from orchestrator.plan import PlannedStage, Planner, Point, Trial
 from orchestrator.search import Sampler
+from orchestrator.tally import StageTally
+from orchestrator.trial_queue import TrialQueue
 
 __all__ = ["Dispatcher", "Outcome", "Status"]
 
@@ -50,6 +52,7 @@ class Dispatcher:
         stored: Whether the store holds a key.
         busy: Whether somebody outside of this sweep is making a key right now.
         recall: The outcome of a trial that has ended in this or an earlier run, else None.
+        seconds: What a stage is expected to take, or None: long stages that many wait for are begun first.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Dispatcher:
         stored: Callable[[str], bool],
         busy: Callable[[str], bool],
         recall: Callable[[Trial], Outcome | None],
+        seconds: Callable[[PlannedStage], float | None] = lambda stage: None,
     ) -> None:
         self._planner = planner
         self._search = planner.spec.search
@@ -73,10 +77,14 @@ class Dispatcher:
         """Key of a trial -> the points that it is a seed of."""
         self._num_asked = 0
         self._cancelled = False
-        self._queue: list[Trial] = []
+        self.tally = StageTally()
+        """All stages of the sweep, counted."""
+        self._queue = TrialQueue(self.tally.uses, self._known_stored.__contains__, seconds)
         self._running: dict[str, Trial] = {}
         self.trials: dict[str, Trial] = {}
         self.outcomes: dict[str, Outcome] = {}
+        self.num_failed = 0
+        """Trials among the outcomes."""
         self.broken: list[tuple[Point, str]] = []
         """Points that turned out to be impossible, with the reason."""
         self._confirming = False
@@ -85,20 +93,28 @@ class Dispatcher:
 
     def next(self) -> Trial | None:
         """The next trial that can start now; None when none can (see ``finished``)."""
-        self._draw()
+        self.draw()
         in_work = {stage.key for other in self._running.values() for stage in other.stages}
-        held: dict[str, bool] = {}  # each key is looked at once, however many trials wait for it
-        for index, trial in enumerate(self._queue):
-            if self._ready(trial, in_work, held):
-                del self._queue[index]
-                self._running[trial.key] = trial
-                return trial
-        return None
+        looked: dict[str, bool] = {}  # each key is looked at once, however many trials wait for it
+
+        def holds(key: str) -> bool:
+            """Whether somebody is making ``key``, here or elsewhere."""
+            if key not in looked:
+                looked[key] = not self._is_stored(key) and (key in in_work or self._busy(key))
+            return looked[key]
+
+        trial = self._queue.take(
+            held_by=lambda trial: next((stage.key for stage in trial.stages if holds(stage.key)), None),
+            is_free=lambda key: not holds(key),
+        )
+        if trial is not None:
+            self._running[trial.key] = trial
+        return trial
 
     @property
     def finished(self) -> bool:
         """Whether every trial has ended and no more will come."""
-        self._draw()
+        self.draw()
         return not self._running and (self._cancelled or (not self._queue and self._sampler.exhausted))
 
     @property
@@ -117,6 +133,10 @@ class Dispatcher:
         return tuple(self._queue)
 
     @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    @property
     def running(self) -> Mapping[str, Trial]:
         return dict(self._running)
 
@@ -133,7 +153,7 @@ class Dispatcher:
             self._record(trial, outcome)
         elif not self._cancelled:
             self._known_stored.difference_update(stage.key for stage in trial.stages)  # one may be set aside
-            self._queue.append(trial)
+            self._queue.push(trial)
 
     def cancel_waiting(self) -> None:
         """Start nothing more: for an interrupted run."""
@@ -160,9 +180,19 @@ class Dispatcher:
         return tuple(sum(column) / len(outcomes) for column in columns)
 
     def _record(self, trial: Trial, outcome: Outcome) -> None:
-        self.outcomes[trial.key] = outcome
+        self._keep(trial, outcome)
+        self._queue.learn_costs()
         for state in self._users[trial.key]:
             self._answer(state)
+
+    def _keep(self, trial: Trial, outcome: Outcome) -> None:
+        self.outcomes[trial.key] = outcome
+        self.num_failed += outcome.status == "failed"
+        if outcome.status == "done":
+            for stage in trial.stages:
+                self.tally.end(stage, "done")
+        else:
+            self.tally.end(trial.final, "failed")
 
     def _answer(self, state: _PointState) -> None:
         """Tell the sampler what a point was worth, once all of its seeds have ended. Once per question."""
@@ -173,7 +203,7 @@ class Dispatcher:
             self._sampler.tell(question, values)
         state.questions.clear()
 
-    def _draw(self) -> None:
+    def draw(self) -> None:
         """Take as many new points from the sampler as it gives; confirm the best when everything has ended."""
         while not self._cancelled and (values := self._sampler.ask()) is not None:
             self._num_asked += 1
@@ -216,11 +246,12 @@ class Dispatcher:
             state.trials[seed] = trial = self.trials.setdefault(trial.key, trial)
             if known:
                 continue
+            self.tally.add(trial)
             outcome = self._recall(trial)
             if outcome is None:
-                self._queue.append(trial)
+                self._queue.push(trial)
             else:
-                self.outcomes[trial.key] = outcome
+                self._keep(trial, outcome)
 
     def _best_points(self) -> list[str]:
         objective = self._search.objectives[0]
@@ -237,22 +268,7 @@ class Dispatcher:
         outcomes = [self.outcomes.get(trial.key) for trial in state.trials.values()]
         return all(outcome is not None and outcome.status == "done" for outcome in outcomes)
 
-    def _ready(self, trial: Trial, in_work: set[str], held: dict[str, bool]) -> bool:
-        """Whether no stage that this trial lacks is being made by another trial, here or elsewhere."""
-        for stage in trial.stages:
-            if stage.key not in held:
-                held[stage.key] = not self._is_stored(stage.key) and (
-                    stage.key in in_work or self._busy(stage.key)
-                )
-            if held[stage.key]:
-                return False
-        return True
-
     def _is_stored(self, key: str) -> bool:
         if key not in self._known_stored and self._stored(key):
             self._known_stored.add(key)
         return key in self._known_stored
-
-    def stage_uses(self) -> Counter[str]:
-        """Key -> number of trials of this sweep that need it."""
-        return Counter(stage.key for trial in self.trials.values() for stage in trial.stages)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.dispatch import Outcome
-from orchestrator.errors import DamagedArtifactError, DivergedError
+from orchestrator.errors import DamagedArtifactError, DivergedError, MissingArtifactError
 from orchestrator.keys import content_key
 from orchestrator.loop import Row
 from orchestrator.plan import Trial
@@ -30,6 +30,8 @@ class Endings:
 
     store: Store
     search: SearchSettings
+    manifest: Callable[[str], Mapping[str, Any]] | None = None
+    """Reads, or remembers, at least the metrics of a manifest; empty where there is none. By default the store is read."""
 
     def recall(self, trial: Trial) -> Outcome | None:
         """The outcome that stands: finished, stopped early by the same scheduler, or diverged. None: run it."""
@@ -55,10 +57,14 @@ class Endings:
         return content_key({"scheduler": to_plain(self.search.scheduler), "seeds": self.search.seeds})
 
     def _finished(self, trial: Trial) -> Outcome | None:
-        if not self.store.has(trial.key):
-            return None
         try:
-            return Outcome(status="done", values=objective_values(self.store, trial, self.search.objectives))
+            manifest = (self.manifest or self.store.manifest)(trial.key)
+            if not manifest:
+                return None
+            values = objective_values(manifest["metrics"], trial, self.search.objectives)
+            return Outcome(status="done", values=values)
+        except MissingArtifactError:
+            return None
         except DamagedArtifactError as damage:
             logger.warning("%s; it is built again", damage)
             self.store.set_aside(trial.key, str(damage))

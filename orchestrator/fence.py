@@ -84,6 +84,10 @@ class FencedSlot:
     def load(self) -> Mapping[str, Any] | None:
         return self.slot.load()
 
+    @property
+    def lag_seconds(self) -> float:
+        return self.slot.lag_seconds
+
     def save(self, tree: Mapping[str, Any]) -> None:
         self.fence.check()
         self.slot.save(tree)

@@ -4,12 +4,14 @@ The loop knows no method, no Ray and no file. It is handed streams of batches, f
 the latest checkpoint, and somebody who observes finished epochs and may say stop. With several workers (or
 micro-batches) the gradient is the mean over all rows of the batch, however unevenly they are shared, as long as
 the method's losses are means over rows; batch norm statistics remain those of each share.
+
+A run is a generator that yields where it needs the next batch; ``lockstep`` advances one, or several side by side.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 
 from methods.base import AnyBatch, Method
 from orchestrator.errors import ConfigurationError
+from orchestrator.evaluation import Evaluation, evaluate
+from orchestrator.lockstep import Lockstep, Member, Need, Steps
 from orchestrator.optimisation import PRECISIONS, TrainSettings, learning_rate_factor
 from orchestrator.run_state import RunState
 from orchestrator.training import BatchStream, CheckpointSlot, Clock, Observer, Row, StopTraining, Training
@@ -64,41 +68,23 @@ def train(
         StopTraining: ``observe`` asked for it.
     """
     _refuse_misfit(method, settings, training, validation is not None)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        # Unlike torch.manual_seed, this leaves the generators of other devices alone.
-        worker_seed = (seed + workers.rank * 0x9E3779B97F4A7C15) % 2**63
-        torch.default_generator.manual_seed(worker_seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(worker_seed)
-            torch.cuda.reset_peak_memory_stats(device)
-        state = RunState(method, settings, device=device, workers=workers, clock=clock)
-        run = _Run(
-            state,
-            settings,
-            training=training,
-            validation=validation,
-            slot=checkpoints,
-            observe=observe,
-            checkpoint_seconds=checkpoint_seconds,
-        )
-        return run.train()
-
-
-@torch.no_grad()
-def evaluate(
-    method: Method, stream: BatchStream, *, device: torch.device, workers: Workers = SOLO
-) -> dict[str, float]:
-    """Metrics of ``method`` over the whole ``stream``, in evaluation mode: exact sums, whoever saw which row."""
-    was_training = method.training
-    method.to(device).eval()
-    totals: dict[str, Tensor] = {}
-    for batch in stream.batches(0):
-        for name, value in method.statistics(batch).items():
-            totals[name] = totals[name] + value.double() if name in totals else value.double()
-    method.train(was_training)
-    return method.summarise(workers.all_reduce_sum(totals))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    run = _Run(
+        RunState(method, settings, device=device, workers=workers, clock=clock),
+        settings,
+        training=training,
+        validation=validation,
+        slot=checkpoints,
+        observe=observe,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+    member = Member(run.steps(), seed=(seed + workers.rank * 0x9E3779B97F4A7C15) % 2**63)
+    Lockstep([member], training=training, validation=validation, device=device).run()
+    if isinstance(member.result, Exception):
+        raise member.result
+    assert member.result is not None
+    return member.result
 
 
 class _Objective(nn.Module):
@@ -140,22 +126,23 @@ class _Run:
         self.parallel = self.workers.parallel(self.objective)
         self.saved_at = state.clock()
 
-    def train(self) -> Training:
+    def steps(self) -> Steps:
+        """The whole run, from the checkpoint in the slot if there is one."""
         state = self.state
         state.restore(None if self.slot is None else self.slot.load())
         if state.history and state.position == 0:
             self._show(state.history[-1], is_saved=True)
         while state.epoch < self.settings.epochs:
-            self._train_epoch()
-            self._finish_epoch()
+            yield from self._train_epoch()
+            yield from self._finish_epoch()
             is_saved = state.epoch < self.settings.epochs and self._save_when_due()
             self._show(state.history[-1], is_saved)
-        return self._result()
+        return (yield from self._result())
 
-    def _train_epoch(self) -> None:
+    def _train_epoch(self) -> Generator[Need, AnyBatch | None, None]:
         state, num_batches = self.state, self.training.num_batches
         self.method.train()
-        for batch in self.training.batches(state.epoch, state.position):
+        while (batch := (yield Need(state.epoch, False, state.position))) is not None:
             values = self._step(batch)
             state.position += 1
             is_last = state.position == num_batches
@@ -194,7 +181,7 @@ class _Run:
         precision = PRECISIONS[self.settings.precision]
         return nullcontext() if precision is torch.float32 else torch.autocast(self.device.type, precision)
 
-    def _finish_epoch(self) -> None:
+    def _finish_epoch(self) -> Generator[Need, AnyBatch | None, None]:
         """Add the row of this epoch, evaluated where that is due, and keep its weights if they are the best."""
         state, settings = self.state, self.settings
         means = state.finish_epoch()
@@ -203,10 +190,17 @@ class _Run:
         is_due = state.epoch % settings.evaluate_every == 0 or state.epoch == settings.epochs
         if self.validation is not None and is_due:
             with self._evaluated_weights():
-                row |= evaluate(self.method, self.validation, device=self.device, workers=self.workers)
+                row |= yield from self._evaluate()
                 if settings.keep == "best" and self._is_best(row):
                     state.best = {"row": row, "weights": self._artifact_weights()}
         state.history.append(row)
+
+    def _evaluate(self) -> Generator[Need, AnyBatch | None, Row]:
+        evaluation, position = Evaluation(self.method, device=self.device, workers=self.workers), 0
+        while (batch := (yield Need(self.state.epoch - 1, True, position))) is not None:
+            evaluation.add(batch)
+            position += 1
+        return evaluation.metrics()
 
     def _is_best(self, row: Row) -> bool:
         best, name = self.state.best, self.settings.objective or self.method.evaluation_metrics[0]
@@ -243,10 +237,14 @@ class _Run:
 
     def _save_when_due(self) -> bool:
         """Save if worker 0 finds that it is time; gives whether that was done."""
-        is_due = self.slot is not None and self.state.clock() - self.saved_at >= self.checkpoint_seconds
+        is_due = self.slot is not None and self.state.clock() - self.saved_at >= self._interval(self.slot)
         if is_due := self.workers.broadcast_flag(is_due):
             self._save()
         return is_due
+
+    def _interval(self, slot: CheckpointSlot) -> float:
+        """Seconds between checkpoints, so that one is kept, not only begun, when ``checkpoint_seconds`` have passed."""
+        return max(self.checkpoint_seconds - slot.lag_seconds, self.checkpoint_seconds / 2)
 
     def _save(self) -> None:
         tree = self.state.tree()
@@ -254,12 +252,12 @@ class _Run:
             self.slot.save(tree)
         self.saved_at = self.state.clock()
 
-    def _result(self) -> Training:
+    def _result(self) -> Steps:
         state = self.state
         with self._evaluated_weights():
             row = state.history[-1] if state.history else {}
             if not row and self.validation is not None:
-                row = evaluate(self.method, self.validation, device=self.device, workers=self.workers)
+                row = yield from self._evaluate()
             kept = state.best or {"row": row, "weights": self._artifact_weights()}
         held = state.held()
         return Training(

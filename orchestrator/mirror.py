@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.25
 RECORDS_PER_ROUND = 500
 MAX_PAUSE_SECONDS = 60.0
+SAVE_PAUSE = 20
+"""How many times as long as the last saving of the state took, the next one is put off: it grows with the sweep."""
 AWAY_SECONDS = 10.0
 """How long a server that is known to be away is waited for in the end."""
 MAX_ATTEMPTS = 5
@@ -82,6 +84,8 @@ class Follower:
         self._trouble: str | None = None
         self._attempts: dict[int, int] = {}
         self._left_out: set[int] = set()
+        self._is_unsaved = False
+        self._save_due = 0.0
 
     def start(self) -> None:
         """Start following. A second call changes nothing."""
@@ -134,6 +138,7 @@ class Follower:
                 self._caught_up()
                 if caught_up:
                     self._stopping.wait(POLL_SECONDS)
+        self._save_at_last()
         self._sender.release()
 
     def _advance(self) -> bool:
@@ -148,6 +153,7 @@ class Follower:
         batch = list(read_records(self.journal_path, self.state.offset, limit=RECORDS_PER_ROUND))
         if not batch:
             self._settle(self._target)
+            self._save_if_due()
             self._idle.set()
             return True
         self._idle.clear()
@@ -156,8 +162,23 @@ class Follower:
         self.state.offset = batch[-1][1]
         self._attempts.clear()
         self._left_out.clear()
-        self.state.save(self.journal_path, self._target_name)
+        self._is_unsaved = True
+        self._save_if_due()
         return False
+
+    def _save_if_due(self) -> None:
+        if self._is_unsaved and time.monotonic() >= self._save_due:
+            started = time.monotonic()
+            self.state.save(self.journal_path, self._target_name)
+            self._is_unsaved = False
+            self._save_due = time.monotonic() + SAVE_PAUSE * (time.monotonic() - started)
+
+    def _save_at_last(self) -> None:
+        try:
+            if self._is_unsaved:
+                self.state.save(self.journal_path, self._target_name)
+        except OSError as failure:
+            logger.debug("the mirror's state was not saved: %s", failure)
 
     def _deliver(self, target: Target, group: Sequence[tuple[Record, int]]) -> None:
         record, place = group[0]

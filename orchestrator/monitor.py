@@ -62,7 +62,8 @@ class Monitor:
         """Trials whose end tracking was told in this run."""
         self._looked = float("-inf")
         self._done: set[str] = set()
-        self._current: dict[str, RunningStage] = {}
+        self._current: dict[str, tuple[PlannedStage, RunningStage]] = {}
+        """Running trial -> the stage that it was last seen at, and how far that was."""
         self._best: tuple[float, str] | None = None
         self._waiting_for = ""
 
@@ -124,17 +125,18 @@ class Monitor:
     def log_trial(self, trial: Trial, outcome: Outcome) -> None:
         """Tell tracking about a trial that has ended, in this run or before it."""
         self._told.add(trial.key)
-        uses = self._dispatcher.stage_uses()
+        uses = self._dispatcher.tally.uses
         shared = {stage.key: uses[stage.key] > 1 for stage in trial.stages}
-        paid = {stage.key for stage in trial.stages if stage.key in self._done and self._store.has(stage.key)}
+        stored = {stage.key for stage in trial.stages if self._store.has(stage.key)}
         self._log.trial_started(trial)
-        self._log.trial_ended(trial, outcome, shared=shared, paid=paid)
+        self._log.trial_ended(trial, outcome, shared=shared, stored=stored, paid=stored & self._done)
         for stage in trial.stages:
-            if self._store.has(stage.key):
+            if stage.key in stored:
                 self._note_done(stage)
 
     def _note_done(self, stage: PlannedStage) -> None:
         self._done.add(stage.key)
+        self._dispatcher.tally.end(stage, "done")
         self._spending.finished(stage.key)
 
     def tick(self) -> None:
@@ -142,13 +144,12 @@ class Monitor:
         if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
-        uses = self._dispatcher.stage_uses()
         running = self._dispatcher.running
         for trial in running.values():
-            self._spending.at(trial, self._look_at(trial, uses))
+            self._spending.at(trial, self._look_at(trial))
         self._spending.leave_all_but(running)
         self._spending.write()
-        status = self.status(uses)
+        status = self.status()
         self._log_cost(status)
         if not self._stopper.cause and (limits := self._spending.exceeded()):
             self._stopper.budget_reached(limits)
@@ -160,8 +161,9 @@ class Monitor:
             self._cost_logged = elapsed
             self._log.sweep_cost(status.cost)
 
-    def _look_at(self, trial: Trial, uses: Counter[str]) -> PlannedStage:
+    def _look_at(self, trial: Trial) -> PlannedStage:
         """The stage that a running trial is at. Logs what it and its finished predecessors have to tell."""
+        uses = self._dispatcher.tally.uses
         for stage in trial.stages:
             if stage.key in self._done:
                 continue
@@ -178,7 +180,7 @@ class Monitor:
             self._log.stage_started(stage, trial, shared=uses[stage.key] > 1)
             for row in progress.get("rows", []):
                 self._log.stage_row(stage, row)
-            self._current[trial.key] = RunningStage(
+            self._current[trial.key] = stage, RunningStage(
                 name=stage.name, key=stage.key, epoch=progress.get("epoch", 0), epochs=stage.epochs,
                 note=self._note(progress.get("rows", [])),
             )  # fmt: skip
@@ -189,35 +191,18 @@ class Monitor:
         metric = self._objective.metric
         return f"{metric} {rows[-1][metric]:.2f}" if rows and metric in rows[-1] else ""
 
-    def status(self, uses: Counter[str]) -> Status:
-        trials = self._dispatcher.trials
-        outcomes = self._dispatcher.outcomes
+    def status(self) -> Status:
+        """One look at the sweep, at a price that does not grow with its trials."""
         current = [self._current[key] for key in self._dispatcher.running if key in self._current]
-        in_work = {stage.key for stage in current}
-        stages = {stage.key: stage for trial in trials.values() for stage in trial.stages}
-        done = self._done | {key for key, outcome in outcomes.items() if outcome.status == "done"}
-        failed = {key for key, outcome in outcomes.items() if outcome.status in ("failed", "stopped")}
-        counts = {}
-        for name in dict.fromkeys(stage.name for stage in stages.values()):
-            keys = {key for key, stage in stages.items() if stage.name == name}
-            counts[name] = StageCount(
-                done=len(keys & done),
-                running=len(keys & in_work),
-                shared=sum(uses[key] - 1 for key in keys),
-                waiting=len(keys - done - in_work - failed),
-            )
-        left = self._left(
-            [stage for key, stage in stages.items() if key not in done | failed],
-            {stage.key: stage for stage in current},
-        )
+        left = self._left(current)
         expected = self._spending.expected(left)
         return Status(
             name=self._name,
-            trials=len(trials),
-            trials_ended=len(outcomes),
-            trials_failed=sum(outcome.status == "failed" for outcome in outcomes.values()),
-            counts=counts,
-            running=tuple(current),
+            trials=len(self._dispatcher.trials),
+            trials_ended=len(self._dispatcher.outcomes),
+            trials_failed=self._dispatcher.num_failed,
+            counts=self._counts(current),
+            running=tuple(shown for _, shown in current),
             best=self._best[1] if self._best else "",
             seconds_left=None if left is None else sum(seconds for _, seconds in left) / self._slots,
             elapsed_seconds=self._spending.elapsed_seconds,
@@ -226,18 +211,40 @@ class Monitor:
             waiting_for=self._waiting_for,
         )
 
+    def _counts(self, current: Sequence[tuple[PlannedStage, RunningStage]]) -> dict[str, StageCount]:
+        tally = self._dispatcher.tally
+        at_work = {stage.key: stage.name for stage, _ in current if not tally.has_ended(stage.key)}
+        running = Counter(at_work.values())
+        return {
+            name: StageCount(
+                done=count.num_done,
+                running=running[name],
+                shared=count.num_shared,
+                waiting=count.num_open - running[name],
+            )
+            for name, count in tally.names.items()
+        }
+
     def _left(
-        self, stages: Sequence[PlannedStage], current: dict[str, RunningStage]
+        self, current: Sequence[tuple[PlannedStage, RunningStage]]
     ) -> list[tuple[PlannedStage, float]] | None:
-        """Unfinished stages with the seconds that they still need; None when a kind of stage has no history."""
+        """A stage of each kind with the seconds of all that have not ended, less what running ones have behind them.
+
+        None when a kind of stage has no history.
+        """
+        tally = self._dispatcher.tally
+        shares = [(example, float(number)) for example, number in tally.left()]
+        shares += [
+            (stage, -shown.epoch / max(shown.epochs, 1))
+            for stage, shown in current
+            if not tally.has_ended(stage.key)
+        ]
         left = []
-        for stage in stages:
+        for stage, share in shares:
             seconds = self._costs.seconds(stage)
             if seconds is None:
                 return None
-            running = current.get(stage.key)
-            done = running.epoch / max(running.epochs, 1) if running else 0.0
-            left.append((stage, seconds * (1 - done)))
+            left.append((stage, seconds * share))
         return left
 
     def _remember_best(self, trial: Trial) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.chain import Chain, StageSpec
+from orchestrator.chain import Chain, StageSpec, stage_marks
 from orchestrator.cost import NO_TIME, MachineTime, stage_resources
 from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError
@@ -66,54 +66,81 @@ class Trial:
         return self.final.key
 
 
+@dataclass
+class _Known:
+    """What a planner has planned before: equal stages and trials are the same objects, however many points have them."""
+
+    specs: dict[str | None, dict[tuple[str, str], StageSpec]] = field(default_factory=dict)
+    """Label -> stages that the points of this label share."""
+    stages: dict[tuple[str | None, str, str, int], PlannedStage] = field(default_factory=dict)
+    """Label, name, mark and seed of the trial -> stage."""
+    trials: dict[tuple[str | None, str, int], Trial] = field(default_factory=dict)
+    """Label, values and seed -> trial."""
+
+
 @dataclass(frozen=True)
 class Planner:
-    """Plans trials of one experiment, given the facts about its data and code."""
+    """Plans trials of one experiment, given the facts about its data and code. Remembers what it has planned."""
 
     spec: ExperimentSpec
     facts: Facts
+    _known: _Known = field(default_factory=_Known, init=False, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[type[Planner], tuple[ExperimentSpec, Facts]]:
+        return Planner, (self.spec, self.facts)  # a process that walks one trial has no use for the others
 
     def trial(self, point: Point, seed: int) -> Trial:
         """The trial of ``point`` with ``seed``. A setting without effect is dropped before keys are made."""
-        chain = self.spec.chain(point.label, point.values)
-        stages = self._key_stages(chain, seed)
-        anchor = stages if seed == 0 else self._key_stages(chain, 0)
+        mark = (point.label, repr(list(point.values.items())), seed)
+        known = self._known.trials.get(mark)
+        if known is None:
+            known = self._known.trials[mark] = self._plan(point, seed)
+        return known
+
+    def _plan(self, point: Point, seed: int) -> Trial:
+        chain = self.spec.chain(point.label, point.values, self._known.specs.setdefault(point.label, {}))
+        stages = self._key_stages(point, chain, seed)
         return Trial(
             point=point,
-            point_id=anchor[-1].key[:12],
+            point_id=stages[-1].key[:12] if seed == 0 else self.trial(point, 0).point_id,
             values=self._active_values(point, chain),
             seed=seed,
             stages=stages,
         )
 
-    def _key_stages(self, chain: Chain, trial_seed: int) -> tuple[PlannedStage, ...]:
-        keys: dict[str, str] = {}
-        signatures: dict[str, str] = {}
-        planned = []
+    def _key_stages(self, point: Point, chain: Chain, trial_seed: int) -> tuple[PlannedStage, ...]:
+        marks = stage_marks(self.spec.stages_of(point.label), point.values)
+        planned: dict[str, PlannedStage] = {}
         for name, stage in chain.items():
-            data = stage.data or self.spec.data
-            seed = trial_seed if stage.seed == "trial" else stage.seed
-            inputs = {role: keys[source] for role, source in stage.inputs.items()}
-            content = stage_content(
-                stage, data=data, seed=seed, inputs=inputs, facts=self.facts, catalog=self.spec.catalog
-            )
-            keys[name] = content_key(content)
-            signatures[name] = cost_signature(
-                stage, data, {role: signatures[source] for role, source in stage.inputs.items()}, self.facts
-            )
-            planned.append(
-                PlannedStage(
-                    name=name,
-                    key=keys[name],
-                    spec=stage,
-                    data=data,
-                    seed=seed,
-                    inputs=inputs,
-                    content=content,
-                    signature=signatures[name],
-                )
-            )
-        return tuple(planned)
+            mark = (point.label, name, marks[name], trial_seed)
+            known = self._known.stages.get(mark)
+            if known is None:
+                known = self._plan_stage(stage, trial_seed, planned)
+                if name != self.spec.target:
+                    self._known.stages[mark] = known
+            planned[name] = known
+        return tuple(planned.values())
+
+    def _plan_stage(
+        self, stage: StageSpec, trial_seed: int, earlier: Mapping[str, PlannedStage]
+    ) -> PlannedStage:
+        data = stage.data or self.spec.data
+        seed = trial_seed if stage.seed == "trial" else stage.seed
+        inputs = {role: earlier[source].key for role, source in stage.inputs.items()}
+        signatures = {role: earlier[source].signature for role, source in stage.inputs.items()}
+        content = stage_content(
+            stage, data=data, seed=seed, inputs=inputs, facts=self.facts, catalog=self.spec.catalog
+        )
+        return PlannedStage(
+            name=stage.name,
+            key=content_key(content),
+            spec=stage,
+            data=data,
+            seed=seed,
+            inputs=inputs,
+            content=content,
+            signature=cost_signature(stage, data, signatures, self.facts),
+        )
 
     def _active_values(self, point: Point, chain: Chain) -> dict[str, Any]:
         active: dict[str, Any] = {}

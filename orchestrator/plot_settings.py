@@ -24,6 +24,8 @@ MAX_PANELS_PER_ROW = 3
 MAX_COLOURS = len(HIGHLIGHTS)
 MAX_JOINED = 8
 """Up to so many values the means are joined by a line; more come from random draws and are no curve."""
+MANY_DOTS = 500
+"""From so many dots on they are pixels in the SVG too, which a reader could not open otherwise."""
 LOG_RATIO = 20.0
 """From this ratio of largest to smallest value on, a setting gets a logarithmic axis."""
 
@@ -119,16 +121,21 @@ def _series(
         return places[value] * (1 + offset) if axes.get_xscale() == "log" else places[value] + offset
 
     x = [at(row.settings[name]) for row in rows]
+    is_crowded = len(rows) > MANY_DOTS
     axes.scatter(
-        x, [row.metrics[metric] for row in rows], s=16, color=colour, alpha=0.35, linewidths=0, zorder=2
-    )
-    values = [value for value in places if any(row.settings[name] == value for row in rows)]
-    means = [
-        spread(row.metrics[metric] for row in rows if row.settings[name] == value).mean for value in values
-    ]
+        x, [row.metrics[metric] for row in rows], s=16, color=colour, alpha=0.35, linewidths=0, zorder=2,
+        rasterized=is_crowded,
+    )  # fmt: skip
+    found: dict[Any, list[float]] = defaultdict(list)
+    for row in rows:
+        found[row.settings[name]].append(row.metrics[metric])
+    values = [value for value in places if value in found]
+    means = [spread(found[value]).mean for value in values]
+    look, size = ("-o", 5.5) if len(values) <= MAX_JOINED else ("o", 4.0)
     axes.plot(
-        [at(value) for value in values], means, "-o", ms=5.5, lw=1.8, color=colour, label=label, zorder=3
-    )
+        [at(value) for value in values], means, look, ms=size, lw=1.8, color=colour, label=label, zorder=3,
+        rasterized=is_crowded,
+    )  # fmt: skip
 
 
 def _baseline(axes: Axes, rows: Sequence[TrialRow], objective: Objective, baseline: str | None) -> None:

@@ -25,6 +25,10 @@ from orchestrator.statistics import spread
 __all__ = ["draw", "draw_cost", "draw_curves", "draw_settings"]
 
 NUM_HIGHLIGHTED = 3
+NUM_CURVES = 200
+"""So many grey curves are drawn at most, evenly taken from the best to the worst; more would be one grey area."""
+MANY_MARKS = 500
+"""From so many marks on they are pixels in the SVG too, which a reader could not open otherwise."""
 
 
 def draw(
@@ -59,16 +63,19 @@ def draw_curves(
 ) -> Figure | None:
     """Validation metric per epoch, a line per point (mean over its seeds); the best few and the baseline in colour."""
     metric = objective.name.rpartition(".")[2]
-    curves = {point: curve for point, group in _points(rows).items() if (curve := _mean_curve(group, metric))}
+    groups = {point: group for point, group in _points(rows).items() if selected(group)}
+    ranked = _ranked(groups, objective)
+    bases = [point for point in ranked if baseline in (point, groups[point][0].label)]
+    searched = [point for point in ranked if point not in bases]
+    sample = _evenly(searched, NUM_HIGHLIGHTED, NUM_CURVES)
+    curves = {point: curve for point in [*bases, *sample] if (curve := _mean_curve(groups[point], metric))}
     if not curves:
         return None
-    groups = _points(rows)
-    ranked = _ranked({point: groups[point] for point in curves}, objective)
-    bases = [point for point in ranked if baseline in (point, groups[point][0].label)]
-    coloured = [point for point in ranked if point not in bases][:NUM_HIGHLIGHTED]
+    drawn = [point for point in ranked if point in curves]
+    coloured = [point for point in drawn if point not in bases][:NUM_HIGHLIGHTED]
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.add_subplot()
-    for point in reversed(ranked):
+    for point in reversed(drawn):
         style: dict[str, Any] = {"color": OTHERS, "lw": 1, "zorder": 1}
         if point in coloured:
             name = point_name(groups[point][0], rows)
@@ -78,10 +85,23 @@ def draw_curves(
         epochs, values = curves[point]
         axes.plot(epochs, values, marker="o" if len(epochs) == 1 else "", **style)
     _zoom(axes, list(curves.values()), objective)
-    hidden = len(ranked) - len(coloured) - len(bases)
     finish(axes, "epoch", f"{title(objective.name)}, validation", integer_x=True)
-    _legend(figure, axes, f"{hidden} other points" if hidden > 1 else "1 other point" if hidden else "")
+    num_grey = len(set(drawn) - {*coloured, *bases})
+    _legend(figure, axes, _others(num_grey, num_grey + len(searched) - len(sample)))
     return figure
+
+
+def _evenly(ranked: Sequence[str], num_best: int, num_others: int) -> list[str]:
+    """The best, and so many of the others at most, evenly taken from the best to the worst."""
+    others = ranked[num_best:]
+    step = max(1.0, len(others) / num_others)
+    return [*ranked[:num_best], *(others[int(step * index)] for index in range(min(len(others), num_others)))]
+
+
+def _others(num_drawn: int, num_all: int) -> str:
+    if num_drawn < num_all:
+        return f"{num_drawn} of {num_all} other points"
+    return f"{num_all} other points" if num_all > 1 else "1 other point" if num_all else ""
 
 
 def draw_cost(
@@ -98,16 +118,21 @@ def draw_cost(
     bases = [point for point in ranked if baseline in (point, finished[point][0].label)]
     coloured = [point for point in ranked if point not in bases][:NUM_HIGHLIGHTED]
     minutes = max((row.seconds for row in rows), default=0.0) >= 300
-    drawn = 0
-    for point in reversed(ranked):
+    unit_seconds = 60 if minutes else 1
+    named = {*coloured, *bases}
+    grey = [mark for point in ranked if point not in named and (mark := _mark(selected(finished[point]), name, unit_seconds))]  # fmt: skip
+    _draw_marks(axes, grey, {"color": OTHERS, "zorder": 1, "rasterized": len(grey) > MANY_MARKS})
+    drawn = len(grey)
+    for point in reversed([point for point in ranked if point in named]):
         group = selected(finished[point])
-        style: dict[str, Any] = {"color": OTHERS, "zorder": 1}
+        style: dict[str, Any] = {"color": BASELINE, "zorder": 3, "label": group[0].label}
         if point in coloured:
             name_of = point_name(group[0], rows)
             style = {"color": HIGHLIGHTS[coloured.index(point)], "zorder": 3, "label": name_of}
-        elif point in bases:
-            style = {"color": BASELINE, "zorder": 3, "label": group[0].label}
-        drawn += _mark(axes, group, name, 60 if minutes else 1, style)
+        mark = _mark(group, name, unit_seconds)
+        if mark is not None:
+            _draw_marks(axes, [mark], style)
+            drawn += 1
     if not drawn:
         return None
     axes.set_xlim(left=0)
@@ -116,13 +141,7 @@ def draw_cost(
         f"training time of the whole chain, {'minutes' if minutes else 'seconds'}",
         f"{title(name)}, {split}",
     )
-    hidden = drawn - len(coloured) - len(bases)
-    _legend(
-        figure,
-        axes,
-        f"{hidden} other points" if hidden > 1 else "1 other point" if hidden > 0 else "",
-        marker="o",
-    )
+    _legend(figure, axes, _others(len(grey), len(grey)), marker="o")
     return figure
 
 
@@ -134,18 +153,20 @@ def _measured(finished: Mapping[str, Sequence[TrialRow]], objective: Objective) 
     return objective.name, "validation"
 
 
-def _mark(
-    axes: Axes, group: Sequence[TrialRow], name: str, unit_seconds: float, style: dict[str, Any]
-) -> bool:
-    """One point with its spread over seeds; False when it has no number or no time."""
+def _mark(group: Sequence[TrialRow], name: str, unit_seconds: float) -> tuple[float, float, float] | None:
+    """Time, metric and its spread over seeds (NaN for one) of a point; None when it has no number or no time."""
     values = spread(row.metrics[name] for row in group if name in row.metrics)
     seconds = spread(row.seconds for row in group if row.seconds > 0)
     if not values.count or not seconds.count:
-        return False
-    error = values.std if values.count > 1 else None
-    common: dict[str, Any] = {"fmt": "o", "ms": 7, "elinewidth": 1.2, "capsize": 2.5}
-    axes.errorbar(seconds.mean / unit_seconds, values.mean, yerr=error, **common, **style)
-    return True
+        return None
+    return seconds.mean / unit_seconds, values.mean, values.std
+
+
+def _draw_marks(axes: Axes, marks: Sequence[tuple[float, float, float]], style: dict[str, Any]) -> None:
+    if marks:
+        seconds, values, errors = (list(column) for column in zip(*marks, strict=True))
+        spreads = None if all(map(math.isnan, errors)) else errors
+        axes.errorbar(seconds, values, yerr=spreads, fmt="o", ms=7, elinewidth=1.2, capsize=2.5, **style)
 
 
 def _legend(figure: Figure, axes: Axes, others: str, marker: str = "") -> None:

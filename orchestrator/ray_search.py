@@ -136,7 +136,7 @@ class DispatchSearcher(Searcher):
         text = room.text
         if late and not text:
             text = f"{len(late)} of {len(self._trials)} trials wait for resources that are in use, or for a process to start"
-        needs_room = bool(self._trials or self._paused or self._dispatcher.waiting)
+        needs_room = bool(self._trials or self._paused or self._dispatcher.num_waiting)
         self._listener.waiting(text if needs_room else "")
         if room.is_hopeless and needs_room and not self.gave_up:
             self._give_up(room.text)

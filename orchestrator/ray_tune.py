@@ -27,6 +27,7 @@ from ray import tune
 
 from methods import BUILTIN, Catalog
 from methods.data.base import LoadedData
+from orchestrator import allocator
 from orchestrator.capacity import Waiting
 from orchestrator.data_section import DataSettings
 from orchestrator.dispatch import Dispatcher
@@ -69,6 +70,10 @@ ENVIRONMENT = {
 """Tune's own loggers, folders and signal handling are not used: the store is the truth about what is finished."""
 
 
+REPORT_SECONDS = 10.0
+"""Without a scheduler Tune needs no more than a sign of life: each report makes the trial wait for the driver's answer."""
+
+
 class SharedData:
     """Data sets in Ray's object store: loaded once by the driver, mapped read-only into every trial's process."""
 
@@ -91,7 +96,7 @@ def connect() -> None:
     Only a cluster made by ``ray start`` (or named by RAY_ADDRESS) is joined: a local one belongs to the process that
     started it and ends with it.
     """
-    for name, value in ENVIRONMENT.items():
+    for name, value in (ENVIRONMENT | allocator.ENVIRONMENT).items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         return
@@ -149,10 +154,15 @@ class _TrialFunction:
     def __call__(self, config: dict[str, Any]) -> None:
         trial = self.planner.trial(Point(config["values"], config["label"]), config["seed"])
         objective = trial_objective(self.planner)
+        pause_seconds = REPORT_SECONDS if self.planner.spec.search.scheduler.name == "none" else 0.0
+        reported = time.monotonic()
 
         def report(row: Row) -> None:
+            nonlocal reported
             # The last epoch goes unreported: a scheduler would stop what is finished, before its artifact is stored.
-            if objective in row and row["epoch"] < trial.final.epochs:
+            is_due = time.monotonic() - reported >= pause_seconds
+            if is_due and objective in row and row["epoch"] < trial.final.epochs:
+                reported = time.monotonic()
                 tune.report({ROW: json.dumps(row), OBJECTIVE: row[objective], "epoch": row["epoch"]})
 
         outcome = self.runner.run(trial, report)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 __all__ = ["HIDDEN", "environment_secrets", "redact", "redact_plain"]
@@ -25,6 +26,8 @@ FIELD = re.compile(
     rf"((?<![\w?&;/])(?:[\w.-]*{WORDS}\s*=\s*|[\"'][\w.-]*{WORDS}[\"']\s*[:=]\s*)){VALUE}", re.IGNORECASE
 )
 """``password=x`` and ``"password": "x"``; not ``password: x``, which is how we write where a mistake is."""
+SUSPICIOUS = re.compile(r"[=:\s]")
+"""Without any of these, a text holds no URL, field, query or header: most values of settings are so."""
 HEADER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
 SECRET_NAME = re.compile(rf"[\w.-]*{WORDS}", re.IGNORECASE)
 SECRET_VARIABLE = re.compile(
@@ -42,6 +45,8 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
+    if SUSPICIOUS.search(text) is None:
+        return text
     text = USER_AND_PASSWORD.sub(rf"\1:{HIDDEN}@", text)
     text = TOKEN_AS_USER.sub(rf"\1{HIDDEN}@", text)
     text = QUERY.sub(rf"\1{HIDDEN}", text)
@@ -57,7 +62,7 @@ def redact_plain(value: Any, secrets: Iterable[str] = ()) -> Any:
     if isinstance(value, Mapping):
         return {
             name: HIDDEN
-            if isinstance(item, str) and item and SECRET_NAME.fullmatch(str(name))
+            if isinstance(item, str) and item and _is_secret_field(str(name))
             else redact_plain(item, secrets)
             for name, item in value.items()
         }
@@ -66,12 +71,18 @@ def redact_plain(value: Any, secrets: Iterable[str] = ()) -> Any:
     return value
 
 
+@lru_cache(4096)
+def _is_secret_field(name: str) -> bool:
+    return SECRET_NAME.fullmatch(name) is not None
+
+
 def environment_secrets(environment: Mapping[str, str]) -> tuple[str, ...]:
     """Values of the variables whose names say that they are secret: ``MLFLOW_TRACKING_PASSWORD`` and its like."""
-    return tuple(
-        value
-        for name, value in environment.items()
-        if len(value) >= SHORTEST_SECRET
-        and SECRET_VARIABLE.fullmatch(name)
-        and not NO_SECRET_VARIABLE.fullmatch(name)
-    )
+    values = [environment[name] for name in environment if _names_secret(name)]
+    return tuple(value for value in values if len(value) >= SHORTEST_SECRET)
+
+
+@lru_cache(4096)
+def _names_secret(variable: str) -> bool:
+    """Whether a variable of this name holds a secret."""
+    return SECRET_VARIABLE.fullmatch(variable) is not None and NO_SECRET_VARIABLE.fullmatch(variable) is None

@@ -53,7 +53,7 @@ class TrialRow:
     """Cores and GPUs held by its whole chain, as if it had run alone."""
     shared_held: MachineTime = NO_TIME
     """The part of ``held`` that another trial or an earlier sweep had already paid."""
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: Sequence[dict[str, float]] = field(default_factory=list)
     """Rows of the last stage, one per epoch, with validation metrics by their plain names."""
     key: str = ""
     """Content key of the last stage."""

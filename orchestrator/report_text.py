@@ -22,6 +22,9 @@ __all__ = ["Report", "to_markdown", "to_text"]
 
 MAX_VERDICTS = 5
 MAX_UNFINISHED = 30
+MAX_POINTS = 40
+"""A table of more points shows the best few and the baselines; ``table.csv`` has them all."""
+NUM_BEST = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +61,44 @@ def to_text(frame: pd.DataFrame, width: int = 120) -> str:
     """The table for a terminal ``width`` characters wide; the least needed columns are left out until it fits."""
     if frame.empty:
         return "no trials yet\n"
+    told = frame[frame["reason"] != ""]
     reasons = [
         f"{status}: {label} {point}: {reason}"
         for status, label, point, reason in zip(
-            frame["status"], frame["label"], frame["point"], frame["reason"], strict=True
+            told["status"], told["label"], told["point"], told["reason"], strict=True
         )
-        if reason
     ]
-    return _rich(_fitting(frame, width), width) + "".join(f"{line}\n" for line in ("", *reasons) if reasons)
+    shown = _best_points(frame)
+    notes = [note] if (note := _rest(frame, shown)) else []
+    lines = [*notes, *(["", *_shortened(reasons)] if reasons else [])]
+    return _rich(_fitting(shown, width), width) + "".join(f"{line}\n" for line in lines)
+
+
+def _best_points(frame: pd.DataFrame) -> pd.DataFrame:
+    """All points, or of many the best and every baseline."""
+    if len(frame) <= MAX_POINTS:
+        return frame
+    searched = frame["label"] == "point"
+    shown = frame[~searched | (searched.cumsum() <= NUM_BEST)]
+    shown.attrs = frame.attrs
+    return shown
+
+
+def _rest(frame: pd.DataFrame, shown: pd.DataFrame) -> str:
+    """What is not shown of a long table."""
+    left = frame.drop(shown.index)
+    if left.empty:
+        return ""
+    counts = ", ".join(
+        f"{count} {_status_word(str(name))}" for name, count in left["status"].value_counts().items()
+    )
+    others = "" if (shown["label"] == "point").all() else ", and the baselines"
+    return f"The best {NUM_BEST} points of the search{others}. table.csv also has the other {len(left)} ({counts})."
+
+
+def _shortened(lines: Sequence[str]) -> list[str]:
+    more = len(lines) - MAX_UNFINISHED
+    return list(lines) if more <= 0 else [*lines[:MAX_UNFINISHED], f"and {more} more"]
 
 
 def _fitting(frame: pd.DataFrame, width: int) -> list[Column]:
@@ -86,9 +119,13 @@ def _fitting(frame: pd.DataFrame, width: int) -> list[Column]:
     ]
 
 
-def to_markdown(report: Report) -> str:
-    """A complete report: what was run, which split is which, table, verdicts, cost, failures, how to look further."""
-    frame = table(report.rows, report.objectives, baseline=report.baseline, prices=report.prices)
+def to_markdown(report: Report, frame: pd.DataFrame | None = None) -> str:
+    """A complete report: what was run, which split is which, table, verdicts, cost, failures, how to look further.
+
+    ``frame`` is the table of the report's rows, where it is there already.
+    """
+    if frame is None:
+        frame = table(report.rows, report.objectives, baseline=report.baseline, prices=report.prices)
     sections = [
         f"# {report.name}",
         report.description,
@@ -153,14 +190,16 @@ def _what_ran(report: Report, frame: pd.DataFrame) -> str:
 def _markdown_table(frame: pd.DataFrame) -> str:
     if frame.empty:
         return "No trials yet."
-    shown = columns(frame)
+    few = _best_points(frame)
+    shown = columns(few)
     head = "| " + " | ".join(column.title.replace("\n", " ") for column in shown) + " |"
     rule = "|" + "|".join("---:" if column.numeric else "---" for column in shown) + "|"
     lines = [
         "| " + " | ".join(_escaped(cell) for cell in cells) + " |"
         for cells in zip(*(c.cells for c in shown), strict=True)
     ]
-    return "\n".join([head, rule, *lines])
+    note = _rest(frame, few)
+    return "\n".join([head, rule, *lines, *(["", note] if note else [])])
 
 
 def _reading(report: Report, frame: pd.DataFrame) -> str:
@@ -261,8 +300,7 @@ def _unfinished(report: Report) -> list[str]:
         for row in report.rows
         if row.status != "done"
     ]
-    more = len(lines) - MAX_UNFINISHED
-    return lines if more <= 0 else [*lines[:MAX_UNFINISHED], f"and {more} more"]
+    return _shortened(lines)
 
 
 def _pictures(report: Report) -> list[str]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load as load_tensors
 
@@ -49,6 +53,10 @@ class Result:
 
     def table(self) -> pd.DataFrame:
         """One row per point, the best validation mean first. See ``orchestrator.report.table`` for the columns."""
+        return self._table.copy()
+
+    @cached_property
+    def _table(self) -> pd.DataFrame:
         return report.table(
             self.rows, self.spec.search.objectives, baseline=self.baseline, prices=self.spec.run.prices
         )
@@ -61,7 +69,7 @@ class Result:
     @property
     def best(self) -> pd.Series | None:
         """The row of the point with the best validation mean, baselines aside; None when nothing has finished."""
-        table = self.table()
+        table = self._table
         if table.empty:
             return None
         return report.best(table[~table["label"].isin(list(self.spec.baselines))])
@@ -102,7 +110,7 @@ class Result:
 
     def text(self, width: int = 120) -> str:
         """The table for a terminal."""
-        return report.to_text(self.table(), width)
+        return report.to_text(self._table, width)
 
     def plot(self, folder: Path | str | None = None) -> list[Path]:
         """Draw metric against each swept setting, learning curves, and accuracy against cost, as PNG and SVG."""
@@ -126,12 +134,31 @@ class Result:
 
     def _write(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        self.table().to_csv(folder / "table.csv", index=False)
+        table = self._table.to_csv(index=False)
+        (folder / "table.csv").write_text(table, encoding="utf-8")
         report.cost_table(self.rows, self.spec.run.prices).to_csv(folder / "costs.csv", index=False)
-        plots = self.plot() if any(row.history for row in self.rows) else []
+        plots = self._plot_where_new(folder, table)
         path = folder / "report.md"
-        path.write_text(hide(report.to_markdown(self._report(folder, plots))), encoding="utf-8")
+        text = report.to_markdown(self._report(folder, plots), self._table)
+        path.write_text(hide(text), encoding="utf-8")
         return path
+
+    def _plot_where_new(self, folder: Path, table: str) -> list[Path]:
+        """The pictures; those that are there already where they show the same, since drawing takes seconds."""
+        if not any(row.history for row in self.rows):
+            return []
+        shown = [version("stillhouse"), table, self.baseline, [(row.key, row.status) for row in self.rows]]
+        digest = hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+        note = folder / "pictures.json"
+        drawn = _read_note(note)
+        if drawn.get("digest") == digest and all((folder / name).exists() for name in drawn["names"]):
+            return [folder / name for name in drawn["names"]]
+        note.unlink(missing_ok=True)
+        paths = self.plot(folder)
+        note.write_text(
+            json.dumps({"digest": digest, "names": [path.name for path in paths]}), encoding="utf-8"
+        )
+        return paths
 
     def write_best(self, trial: Trial) -> Path | None:
         """Write the student of ``trial`` as a bundle: ``model.json`` and ``weights.safetensors``.
@@ -160,3 +187,12 @@ class Result:
             prices=self.spec.run.prices,
             spent=self.spent,
         )
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    """What the pictures beside ``path`` show; empty where that is not known."""
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        return {"digest": str(note["digest"]), "names": [str(name) for name in note["names"]]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

@@ -3,28 +3,82 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
 
 from orchestrator.cost import NO_TIME, MachineTime
 from orchestrator.dispatch import Outcome
-from orchestrator.errors import StorageError
+from orchestrator.errors import MissingArtifactError, StorageError
 from orchestrator.plan import PlannedStage, Trial
 from orchestrator.report import TrialRow
 from orchestrator.store import Store
 
-__all__ = ["CostHistory", "trial_rows"]
+__all__ = ["CostHistory", "Manifests", "StoredHistory", "trial_rows"]
+
+KEPT = ("metrics", "epochs", "cost", "placement")
+"""What of a manifest goes into rows."""
 
 
-def trial_rows(trials: Iterable[Trial], outcomes: Mapping[str, Outcome], store: Store) -> list[TrialRow]:
+class Manifests:
+    """What rows need of the manifests of a store: each is read once, and the rest of it is not kept in memory."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, key: str) -> dict[str, Any]:
+        """Metrics, epochs, cost and placement of an artifact; empty where there is none (yet)."""
+        found = self._known.get(key)
+        if found is None:
+            try:
+                manifest = self._store.manifest(key)
+            except MissingArtifactError:
+                return {}
+            found = self._known[key] = {name: manifest[name] for name in KEPT if name in manifest}
+        return found
+
+
+class StoredHistory(Sequence[dict[str, float]]):
+    """The epochs of a finished stage, read from the store whenever they are looked at, and not kept.
+
+    A report of thousands of trials draws a few of their curves.
+    """
+
+    def __init__(self, store: Store, key: str) -> None:
+        self._store = store
+        self._key = key
+
+    def _rows(self) -> list[dict[str, float]]:
+        rows: list[dict[str, float]] = json.loads(self._store.read(self._key, "history.json"))
+        return rows
+
+    def __len__(self) -> int:
+        return len(self._rows())
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, float]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, float]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, float] | list[dict[str, float]]:
+        return self._rows()[index]
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        return iter(self._rows())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self._rows() == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def trial_rows(
+    trials: Iterable[Trial],
+    outcomes: Mapping[str, Outcome],
+    store: Store,
+    manifest: Callable[[str], dict[str, Any]] | None = None,
+) -> list[TrialRow]:
     """One row per trial, in order. A shared stage is paid by the first trial that uses it."""
-    manifests: dict[str, dict[str, Any]] = {}
-
-    def manifest(key: str) -> dict[str, Any]:
-        if key not in manifests:
-            manifests[key] = store.manifest(key) if store.has(key) else {}
-        return manifests[key]
-
+    manifest = manifest or Manifests(store)
     paid: set[str] = set()
     return [_row(trial, outcomes.get(trial.key), manifest, paid, store) for trial in trials]
 
@@ -55,7 +109,7 @@ def _row(
         num_parameters=int(final.get("metrics", {}).get("num_parameters", 0)),
         epochs=int(final.get("epochs", stopped[-1]["epoch"] if stopped else 0)),
         **_cost(trial, manifest, paid),
-        history=json.loads(store.read(trial.key, "history.json")) if final else stopped,
+        history=StoredHistory(store, trial.key) if final else stopped,
         key=trial.key,
         stage=trial.final.name,
     )

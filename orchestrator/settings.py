@@ -19,6 +19,7 @@ __all__ = ["Problems", "Typed", "as_mapping", "nearest", "parse", "to_plain"]
 
 T = TypeVar("T")
 _MISSING = object()
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 class Problems(list[str]):
@@ -76,6 +77,11 @@ def parse(cls: type[T], values: Any, path: str, problems: Problems) -> T | None:
         subject = str(error).partition(" ")[0]
         problems.add(f"{path}.{subject}" if subject in fields else path, str(error))
         return None
+
+
+@functools.cache
+def _field_names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
 
 
 @functools.cache
@@ -159,8 +165,10 @@ def _number(kind: type, value: Any) -> Any:
 
 def to_plain(value: Any) -> Any:
     """Settings as plain JSON types: dataclasses become mappings, tuples lists."""
+    if type(value) in _PLAIN:  # most values are, and a sweep of thousands asks for hundreds of thousands
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {name: to_plain(getattr(value, name)) for name in _field_names(type(value))}
     if isinstance(value, Mapping):
         return {str(name): to_plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

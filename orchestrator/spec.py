@@ -224,14 +224,26 @@ class ExperimentSpec:
         """The stage that is optimised: the last of every trial's chain."""
         return self.search.objectives[0].stage
 
-    def chain(self, label: str | None, values: Mapping[str, Any]) -> Chain:
-        """The typed stages of a point (of the baseline ``label``, or of the experiment itself)."""
+    def chain(
+        self,
+        label: str | None,
+        values: Mapping[str, Any],
+        known: dict[tuple[str, str], StageSpec] | None = None,
+    ) -> Chain:
+        """The typed stages of a point (of the baseline ``label``, or of the experiment itself).
+
+        ``known`` keeps shared stages from one point of the same ``label`` to the next; see ``resolve_chain``.
+        """
         problems = Problems()
-        stages = self.stages if label is None else with_baseline(self.stages, self.baselines[label])
-        chain = resolve_chain(stages, values, self.target, self.catalog, problems, self.data)
+        stages = self.stages_of(label)
+        chain = resolve_chain(stages, values, self.target, self.catalog, problems, self.data, known)
         if problems:
             raise ConfigurationError(*problems)
         return {name: _scaled(stage, self.run.batch_scale(name)) for name, stage in chain.items()}
+
+    def stages_of(self, label: str | None) -> Mapping[str, Mapping[str, Any]]:
+        """The stages as they are written, those of the baseline ``label`` in the place of ours."""
+        return self.stages if label is None else with_baseline(self.stages, self.baselines[label])
 
     def workers(self, names: Iterable[str]) -> tuple[WorkerSettings, ...]:
         """The workers of each of these stages."""

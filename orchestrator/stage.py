@@ -21,6 +21,7 @@ from methods.base import Method, ModelSettings, Source
 from methods.catalog import Catalog
 from methods.data.base import LoadedData, SampleStream, StreamSettings
 from methods.data.randomness import derive_seed
+from orchestrator.behind import BackgroundSlot
 from orchestrator.cost import stage_resources
 from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError, DamagedArtifactError, OutOfMemoryError
@@ -117,18 +118,19 @@ class StageRunner:
             return untrained(method, metrics)
         labels = torch.from_numpy(streams["training"].known_labels())
         method.prepare(labels, num_epochs=stage.spec.train.epochs)
-        return train(
-            method,
-            settings=stage.spec.train,
-            training=streams["training"],
-            validation=validation,
-            seed=derive_seed(stage.seed, "train", stage.spec.method),
-            device=device,
-            workers=self.workers,
-            checkpoints=FencedSlot(self.store.checkpoints(stage.key), self.fence),
-            observe=report,
-            checkpoint_seconds=self.run.checkpoint_seconds,
-        )
+        with BackgroundSlot(self.store.checkpoints(stage.key), self.fence) as slot:
+            return train(
+                method,
+                settings=stage.spec.train,
+                training=streams["training"],
+                validation=validation,
+                seed=derive_seed(stage.seed, "train", stage.spec.method),
+                device=device,
+                workers=self.workers,
+                checkpoints=FencedSlot(slot, self.fence),
+                observe=report,
+                checkpoint_seconds=self.run.checkpoint_seconds,
+            )
 
     def _build(self, stage: PlannedStage, task: Any, device: torch.device) -> Method:
         spec = stage.spec

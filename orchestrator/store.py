@@ -122,9 +122,9 @@ class Store:
             )
         return manifest
 
-    def read(self, key: str, name: str) -> bytes:
-        """One file, verified against its checksum."""
-        return self._read(key, name, self.manifest(key))
+    def read(self, key: str, name: str, manifest: Mapping[str, Any] | None = None) -> bytes:
+        """One file, verified against its checksum. A ``manifest`` that was just read spares reading it again."""
+        return self._read(key, name, self.manifest(key) if manifest is None else manifest)
 
     def verify(self, key: str) -> None:
         """Read every file: ``DamagedArtifactError`` names the first that is not what was written."""

@@ -24,7 +24,7 @@ from orchestrator.monitor import Monitor
 from orchestrator.plan import Plan, Planner, Point, Trial, make_plan
 from orchestrator.progress import Display, make_display
 from orchestrator.result import Result
-from orchestrator.rows import CostHistory, trial_rows
+from orchestrator.rows import CostHistory, Manifests, trial_rows
 from orchestrator.search import known_points, make_sampler
 from orchestrator.spec import ExperimentSpec
 from orchestrator.spending import Spending
@@ -122,10 +122,10 @@ class Sweep:
 
     def result(self) -> Result:
         """What the store knows of this sweep, without running anything."""
-        endings = Endings(self.store, self.spec.search)
-        dispatcher = self._dispatcher(endings.look_up)
-        dispatcher.next()
-        return self._result(dispatcher, read_spent(self.store, self.spec.name))
+        manifests = Manifests(self.store)
+        dispatcher = self._dispatcher(Endings(self.store, self.spec.search, manifests).look_up)
+        dispatcher.draw()
+        return self._result(dispatcher, read_spent(self.store, self.spec.name), manifests)
 
     def run(self, quiet: bool = False) -> Result:
         """Run what is missing, then report. The same call resumes an interrupted sweep and extends a finished one."""
@@ -166,8 +166,8 @@ class Sweep:
             ) from error
 
     def _drive(self, endings: Endings, log: SweepLog, display: Display, run_id: str) -> _Run:
-        dispatcher = self._dispatcher(endings.recall)
         costs = CostHistory(self.store)
+        dispatcher = self._dispatcher(endings.recall, costs)
         spending = Spending(Account(self.store, self.spec.name, run_id), self.spec.run)
         run = _Run(dispatcher, spending, Stopper(dispatcher, self.store, display, run_id))
         if not dispatcher.finished and (limits := spending.exceeded()):
@@ -220,13 +220,16 @@ class Sweep:
             except (OSError, ValueError) as error:
                 raise ConfigurationError(f"data {section.dataset}: {error}") from error
 
-    def _dispatcher(self, recall: Callable[[Trial], Outcome | None]) -> Dispatcher:
+    def _dispatcher(
+        self, recall: Callable[[Trial], Outcome | None], costs: CostHistory | None = None
+    ) -> Dispatcher:
         return Dispatcher(
             self.planner,
             make_sampler(self.spec.search),
             stored=self.store.has,
             busy=lambda key: self.store.holder(key) is not None,
             recall=recall,
+            seconds=(costs or CostHistory(self.store)).seconds,
         )
 
     def _result_of(self, run: _Run) -> Result:
@@ -237,10 +240,10 @@ class Sweep:
             budget_reached=run.spending.overshoot() if stopped else "",
         )
 
-    def _result(self, dispatcher: Dispatcher, spent: Spent) -> Result:
+    def _result(self, dispatcher: Dispatcher, spent: Spent, manifests: Manifests | None = None) -> Result:
         return Result(
             spec=self.spec,
-            rows=trial_rows(dispatcher.trials.values(), dispatcher.outcomes, self.store),
+            rows=trial_rows(dispatcher.trials.values(), dispatcher.outcomes, self.store, manifests),
             trials=dict(dispatcher.trials),
             broken=tuple(dispatcher.broken),
             folder=self.folder,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from orchestrator.store import Store
 
 __all__ = ["SweepLog"]
 
+NUM_MANIFESTS = 64
+"""Manifests kept in memory: those of shared stages are asked for by one trial after the other."""
+
 ENDINGS: Mapping[str, EndStatus] = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -31,6 +35,9 @@ class SweepLog:
         self._store = store
         self._code_version = code_version
         self._logged_stages: set[str] = set()
+        self._told: set[str] = set()
+        """Runs whose settings were journaled by this process."""
+        self._manifest: Callable[[str], dict[str, Any]] = lru_cache(NUM_MANIFESTS)(store.manifest)
         self._seen_epochs: dict[str, float] = {}
         self.sweep_id = f"sweep:{spec.name}"
 
@@ -85,7 +92,9 @@ class SweepLog:
                 **{f"stillhouse.key.{stage.name}": stage.key for stage in trial.stages},
             },
         )
-        self._journal.params(_trial_id(trial), self._flat_settings(trial))
+        if _trial_id(trial) not in self._told:
+            self._told.add(_trial_id(trial))
+            self._journal.params(_trial_id(trial), self._flat_settings(trial))
 
     def _flat_settings(self, trial: Trial) -> dict[str, Any]:
         flat: dict[str, Any] = {"seed": trial.seed, "label": trial.point.label or "point"}
@@ -115,6 +124,9 @@ class SweepLog:
                 "stillhouse.dataset": stage.data.dataset,
             },
         )
+        if stage_id in self._told:
+            return
+        self._told.add(stage_id)
         settings = {"method": stage.spec.method, **active_settings(stage.spec, self._spec.catalog)}
         if stage.spec.model is not None:
             settings["model"] = stage.spec.model.name
@@ -134,8 +146,8 @@ class SweepLog:
             return
         self._logged_stages.add(stage.key)
         stage_id = f"stage:{stage.key}"
-        manifest = self._store.manifest(stage.key)
-        rows = json.loads(self._store.read(stage.key, "history.json"))
+        manifest = self._manifest(stage.key)
+        rows = self._history(stage.key)
         seen = self._seen_epochs.get(stage.key, 0)
         self._journal.metrics(stage_id, [row for row in rows if row["epoch"] > seen])
         final = {f"final_{name}": value for name, value in manifest["metrics"].items()}
@@ -151,15 +163,16 @@ class SweepLog:
         self._journal.end(stage_id, "FINISHED", manifest["finished"])
 
     def trial_ended(
-        self, trial: Trial, outcome: Outcome, *, shared: Mapping[str, bool], paid: AbstractSet[str]
-    ) -> None:
+        self, trial: Trial, outcome: Outcome, *, shared: Mapping[str, bool], stored: AbstractSet[str],
+        paid: AbstractSet[str],
+    ) -> None:  # fmt: skip
         """Close a trial's run: its curve, its final numbers, links to its stages, what it cost and sharing saved.
 
-        ``paid`` are the keys of its stages that another trial had made before.
+        ``stored`` are the keys of its stages that have an artifact, ``paid`` those that another trial had made before.
         """
         trial_id = _trial_id(trial)
         for stage in trial.stages:
-            if self._store.has(stage.key):
+            if stage.key in stored:
                 self.stage_started(stage, trial, shared=shared[stage.key])
                 self.stage_finished(stage)
                 self._journal.link(trial_id, stage.name, f"stage:{stage.key}")
@@ -174,15 +187,15 @@ class SweepLog:
 
     def _log_final(self, trial: Trial, paid: AbstractSet[str]) -> None:
         name = trial.final.name
-        manifest = self._store.manifest(trial.key)
-        rows = json.loads(self._store.read(trial.key, "history.json"))
+        manifest = self._manifest(trial.key)
+        rows = self._history(trial.key)
         curve = [
             {key if key in ("epoch", "time") else f"{name}.{key}": value for key, value in row.items()}
             for row in rows
         ]
         final = {f"{name}.final_{key}": value for key, value in manifest["metrics"].items()}
         for stage in trial.stages[:-1]:
-            metrics = self._store.manifest(stage.key)["metrics"]
+            metrics = self._manifest(stage.key)["metrics"]
             final |= {f"{stage.name}.final_{key}": value for key, value in metrics.items()}
         final |= {
             **self._cost(trial, paid),
@@ -193,7 +206,7 @@ class SweepLog:
 
     def _cost(self, trial: Trial, paid: AbstractSet[str]) -> dict[str, float]:
         """What the trial's chain costs alone, and what of that sharing saved."""
-        manifests = {stage.key: self._store.manifest(stage.key) for stage in trial.stages}
+        manifests = {stage.key: self._manifest(stage.key) for stage in trial.stages}
         held = sum(map(MachineTime.of_artifact, manifests.values()), NO_TIME)
         saved = sum((MachineTime.of_artifact(manifests[key]) for key in paid), NO_TIME)
         prices = self._spec.run.prices
@@ -202,6 +215,10 @@ class SweepLog:
             **held.numbers(prices, "cost_"),
             **saved.numbers(prices, "saved_by_sharing_"),
         }
+
+    def _history(self, key: str) -> list[Row]:
+        rows: list[Row] = json.loads(self._store.read(key, "history.json", self._manifest(key)))
+        return rows
 
     def sweep_ended(
         self, status: EndStatus, *, report: Path | None, best_trial: Trial | None, bundle: Path | None,

@@ -51,7 +51,8 @@ class MirrorState:
     def save(self, journal: Path, target: str) -> None:
         """Replace the file as a whole; other targets in it are kept."""
         path = state_path(journal)
-        targets = _read(path) | {_digest(target): dataclasses.asdict(self)}
+        own = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        targets = _read(path) | {_digest(target): own}
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("w") as file:

@@ -55,6 +55,11 @@ class CheckpointSlot(Protocol):
         """The tree saved last, or None. Called once by every worker."""
         ...
 
+    @property
+    def lag_seconds(self) -> float:
+        """How long after ``save`` has returned a tree may still get lost; 0 where ``save`` waits until it is kept."""
+        ...
+
     def save(self, tree: Mapping[str, Any]) -> None:
         """Keep ``tree`` as the latest. Called by worker 0. The tensors are live: read them before returning."""
         ...

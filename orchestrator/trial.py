@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -98,7 +98,8 @@ class TrialRunner:
         for stage in () if self.store.has(trial.key) else trial.stages:
             if not self.store.has(stage.key):
                 self._make(stage, report if stage is trial.final else None)
-        return Outcome(status="done", values=objective_values(self.store, trial, self.objectives))
+        metrics = self.store.manifest(trial.key)["metrics"]
+        return Outcome(status="done", values=objective_values(metrics, trial, self.objectives))
 
     def _make(self, stage: PlannedStage, report: Callable[[Row], bool | None] | None) -> None:
         self._refuse_known_failure(stage)
@@ -247,9 +248,10 @@ def failure_path(key: str) -> str:
     return f"failures/{key}.json"
 
 
-def objective_values(store: Store, trial: Trial, objectives: tuple[Objective, ...]) -> tuple[float, ...]:
-    """The trial's worth, from the manifest of its finished last stage; NaN where no validation split was held out."""
-    metrics: dict[str, Any] = store.manifest(trial.key)["metrics"]
+def objective_values(
+    metrics: Mapping[str, Any], trial: Trial, objectives: tuple[Objective, ...]
+) -> tuple[float, ...]:
+    """The trial's worth, from the metrics of its finished last stage; NaN where no validation split was held out."""
     names = [objective.metric for objective in objectives]
     absent = [name for name in names if name not in metrics and f"test_{name}" not in metrics]
     if absent:

@@ -29,6 +29,7 @@ PURE = (
     *("plan", "placement", "space", "keys", "spec", "chain", "reader", "settings", "search", "dispatch"),
     *("references", "data_section", "cost", "budget", "statistics", "redact", "portable"),
     *("preflight_judge", "controls", "retry", "capacity"),
+    *("trial_queue", "tally"),
 )
 OUTSIDE = {"ray", "mlflow", "fsspec", "s3fs", "boto3", "requests", "urllib", "socket", "subprocess", "shutil", "tempfile", "os", "pathlib", "io", "time"}  # fmt: skip
 IMPURE = {

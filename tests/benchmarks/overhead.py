@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 import loop_cost
 import sweep_cost
+from measurement import Measurement, memory_gigabytes, peak_bytes, processor
 
 NUM_SLOTS = 2
 LOOP_TARGET = 1.05
@@ -114,25 +113,35 @@ def memory_section(options: argparse.Namespace) -> Iterator[str]:
         )
 
 
+def measure(quick: bool) -> Iterator[Measurement]:
+    """The loop and the sweep, as ``bench`` wants them. Quick is fewer networks, pairs and trials."""
+    for case in loop_cost.CASES[:1] if quick else loop_cost.CASES:
+        cost = loop_cost.measure(case, num_pairs=3 if quick else 9)
+        bare = 1000 * cost.bare_seconds_per_step
+        yield Measurement(
+            name=f"training loop, {case.model}, batch {case.batch_size}", unit="ms/step",
+            ours=bare * cost.ratio, theirs=bare, against="bare PyTorch loop, same bits",
+            ratio=cost.ratio, at_most=LOOP_TARGET, peak_bytes=peak_bytes(),
+            note=f"{min(cost.ratios):.3f} to {max(cost.ratios):.3f}; CPU time {cost.cpu_ratio:.3f}",
+        )  # fmt: skip
+    num_trials = 12 if quick else 24
+    for ours, plain in [sweep_cost.measure_time(num_trials, 1.0, 1 if quick else 3)[:2]]:
+        yield Measurement(
+            name=f"sweep of {num_trials} trials of 1 s, {NUM_SLOTS} at a time", unit="s",
+            ours=ours.median("seconds"), theirs=plain.median("seconds"), against=plain.system.title,
+            ratio=sweep_cost.ratio(ours, plain, "seconds"), at_most=SWEEP_TARGET,
+            peak_bytes=int(ours.median("peak_bytes")),
+            note=f"without Ray's start {sweep_cost.ratio(ours, plain, 'seconds_without_ray'):.2f}",
+        )  # fmt: skip
+
+
 def machine_section(seconds: float) -> Iterator[str]:
     """Where and with what this was measured."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    own = peak_bytes() / 1e6
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "mlflow"))
     yield f"{processor()}, {os.cpu_count()} cores, {memory_gigabytes():.0f} GB; Python {platform.python_version()}, {versions}."
     yield f"Measured in {seconds:.0f} s; load average at the end {load}; peak memory of this process {own:.0f} MB."
-
-
-def processor() -> str:
-    """Name of the processor, where the system tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def memory_gigabytes() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def row(*cells: str, head: bool = False) -> Iterator[str]:

@@ -130,6 +130,8 @@ class DoubleStream:
 class MemorySlot:
     """Keeps the latest checkpoint as bytes, as a store would, and may die right after the n-th one."""
 
+    lag_seconds = 0.0
+
     def __init__(self, die_after: int | None = None) -> None:
         self.die_after = die_after
         self.files: dict[str, bytes] | None = None

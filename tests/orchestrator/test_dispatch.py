@@ -340,7 +340,7 @@ def test_waiting_costs_one_look_per_round() -> None:
     assert world.asked["busy"] == 0
 
 
-def test_stage_uses() -> None:
+def test_uses_of_stages_are_counted() -> None:
     world = World(margins(0.1, 0.2))
     (trial,) = world.start()
-    assert world.dispatcher.stage_uses()[teacher_of(trial)] == 2
+    assert world.dispatcher.tally.uses[teacher_of(trial)] == 2

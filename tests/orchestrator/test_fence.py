@@ -85,6 +85,7 @@ def test_a_fenced_slot_takes_no_checkpoint(store: Store) -> None:
 def test_open_lets_everybody_write() -> None:
     class Kept:
         tree: Mapping[str, Any] | None = None
+        lag_seconds = 0.0
 
         def load(self) -> Mapping[str, Any] | None:
             return self.tree

@@ -264,6 +264,15 @@ def test_checkpoints_come_when_the_clock_says_so() -> None:
     assert 1 <= slot.num_saves <= 3
 
 
+@pytest.mark.parametrize(("lag", "num_saves"), [(0.0, 1), (4.0, 2), (1000.0, 2)])
+def test_a_slot_that_lags_behind_is_asked_earlier(lag: float, num_saves: int) -> None:
+    """So that one is kept every 8 ticks: asked for every 4 when a write takes 4 ticks, and never more often."""
+    slot, ticks = MemorySlot(), count()
+    slot.lag_seconds = lag
+    run(checkpoints=slot, checkpoint_seconds=8.0, clock=lambda: float(next(ticks)))
+    assert slot.num_saves == num_saves
+
+
 def test_time_of_earlier_attempts_is_added() -> None:
     slot = MemorySlot(die_after=4)
     with pytest.raises(Killed):

@@ -139,6 +139,28 @@ def test_text_fits_its_width_and_drops_what_matters_least() -> None:
     assert "3 seeds" in narrow
 
 
+def test_of_many_points_the_best_and_the_baselines_are_shown() -> None:
+    rows = [
+        row(f"p{index}", 0, 50.0 + index / 10, label="point", settings={"views.margin": index})
+        for index in range(95)
+    ]
+    lost = [
+        row(f"f{index}", 0, label="point", status="failed", reason=f"broken {index}") for index in range(35)
+    ]
+    report = Report(name="many", rows=[*rows, *lost, *kd()], objectives=TOP1, baseline="kd")
+    frame = table(report.rows, TOP1, baseline="kd")
+    assert len(frame) == 131
+    for text in (to_text(frame, 160), to_markdown(report)):
+        assert "59.40" in text  # the best, and the twentieth
+        assert "57.50" in text
+        assert "57.40" not in text
+        assert "71.00" in text  # the baseline
+        assert "also has the other 110 (75 done, 35 failed)" in text
+    assert "broken 29" in to_text(frame, 160)
+    assert "and 5 more" in to_text(frame, 160)
+    assert "other" not in to_text(table([*rows[:37], *kd()], TOP1, baseline="kd"), 160)
+
+
 def test_markdown_tells_splits_verdicts_cost_failures_and_commands(tmp_path: Path) -> None:
     rows = [
         *kd(),

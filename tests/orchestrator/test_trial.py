@@ -303,8 +303,9 @@ def test_the_worth_of_a_trial(store: Store) -> None:
         Objective(name="student.loss", maximize=False),
         Objective(name="student.other", maximize=True),
     )
-    assert objective_values(store, trial, (TOP1,)) == (42.0,)
-    (unmeasured,) = objective_values(store, trial, (loss,))
+    metrics = store.manifest(trial.key)["metrics"]
+    assert objective_values(metrics, trial, (TOP1,)) == (42.0,)
+    (unmeasured,) = objective_values(metrics, trial, (loss,))
     assert math.isnan(unmeasured)  # without a validation split there is only the test split
     with pytest.raises(ConfigurationError, match="reported no other; it has test_loss, top1"):
-        objective_values(store, trial, (TOP1, other))
+        objective_values(metrics, trial, (TOP1, other))
