@@ -97,7 +97,8 @@ def summarise(size: Size, rounds: list[dict[str, Cost]], split: tuple[float, flo
         steps, other_steps = (median(costs[name].per_step for costs in rounds) for name in ("ours", system))
         yield Measurement(
             name=f"sweep of {NUM_STUDENTS} students, {size.teacher} -> {size.student}, an epoch of 50,000 images each",
-            ours=ours, theirs=theirs, unit="CPU s", peak_bytes=max(costs["ours"].peak_bytes for costs in rounds), against=f"{system}, plain Ray Tune, teacher in each trial",
+            ours=ours, theirs=theirs, unit="CPU s", against=f"{system}, plain Ray Tune, teacher in each trial",
+            peak_bytes=max(costs["ours"].peak_bytes for costs in rounds),
             ratio=median(costs[system].of_epoch() / costs["ours"].of_epoch() for costs in rounds), at_least=target,
             note=f"shared: {sharing}; extrapolated from {size.few_steps} and {size.many_steps} steps; all students a step: "
             f"{steps:.1f} against {other_steps:.1f} CPU s; split of a step: teacher {teacher:.2f}, student {student:.2f} CPU s, "
