@@ -6,10 +6,9 @@ row, so the global batches are the same for any number of workers. An epoch can 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -133,10 +132,19 @@ class Stream:
         if self._resident is not None:
             where = self._to_device(positions)
             yield from (self._resident.index_select(0, where[part]) for part in parts)
-        elif isinstance(self.images.pixels, np.ndarray):
-            yield from (self._to_device(self.images.gather(ids[part])) for part in parts)
+        elif self.device.type == "cpu" and isinstance(self.images.pixels, np.ndarray):
+            yield from (torch.from_numpy(self.images.gather(ids[part])) for part in parts)
         else:
-            yield from map(self._to_device, _one_ahead(self.images, [ids[part] for part in parts]))
+            staged = _one_ahead(self._stage, [ids[part] for part in parts])
+            yield from (pixels.to(self.device, non_blocking=True) for pixels in staged)
+
+    def _stage(self, ids: np.ndarray) -> Tensor:
+        """Pixels of ``ids``, from where the device fetches them by itself. Runs beside the training."""
+        pixels = torch.from_numpy(self.images.gather(ids))
+        if self.device.type != "cuda":
+            return pixels
+        with torch.cuda.device(self.device):  # each thread has a device of its own
+            return pixels.pin_memory()
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)
@@ -181,12 +189,12 @@ class Stream:
                 )
 
 
-def _one_ahead(images: Images, batches: Iterable[Any]) -> Iterator[np.ndarray]:
-    """Decode the next batch while the current one is being learnt from."""
+def _one_ahead(prepare: Callable[[np.ndarray], Tensor], batches: Iterable[np.ndarray]) -> Iterator[Tensor]:
+    """Prepare the next batch while the current one is being learnt from."""
     with ThreadPoolExecutor(1) as background:
         pending = None
         for ids in batches:
-            following = background.submit(images.gather, ids)
+            following = background.submit(prepare, ids)
             if pending is not None:
                 yield pending.result()
             pending = following

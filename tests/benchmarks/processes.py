@@ -21,6 +21,7 @@ class Process(NamedTuple):
     started: int
     parent: int
     cpu_seconds: float
+    resident_bytes: int
 
 
 def processes() -> list[Process]:
@@ -34,7 +35,8 @@ def processes() -> list[Process]:
                 continue
             fields = text.rpartition(")")[2].split()  # the name before may hold anything
             seconds = (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
-            found.append(Process(int(folder.name), int(fields[19]), int(fields[1]), seconds))
+            resident = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+            found.append(Process(int(folder.name), int(fields[19]), int(fields[1]), seconds, resident))
     return found
 
 
@@ -60,6 +62,8 @@ class CpuMeter:
 
     def __init__(self) -> None:
         self._seen: dict[tuple[int, int], float] = {}
+        self.peak_bytes = 0
+        """Of the largest process."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -89,3 +93,4 @@ class CpuMeter:
     def _look(self) -> None:
         for process in descendants(os.getpid()):
             self._seen[process.pid, process.started] = process.cpu_seconds
+            self.peak_bytes = max(self.peak_bytes, process.resident_bytes)

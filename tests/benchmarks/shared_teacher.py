@@ -65,20 +65,20 @@ class Cost:
     """All 16 students taking one step each."""
     fixed: float
     """Everything else, with as many trials as were run."""
-    total: float
-    """What was measured at the greater length, with as many trials as were run."""
+    peak_bytes: int
+    """Of the largest process."""
 
     @classmethod
     def of(cls, system: str, size: Size) -> Cost:
         """Run the system at both lengths."""
         num_trials = NUM_STUDENTS if system == "ours" else size.num_plain
-        few = run_sweep(system, size, size.few_steps, num_trials)
-        many = run_sweep(system, size, size.many_steps, num_trials)
+        few, _ = run_sweep(system, size, size.few_steps, num_trials)
+        many, peak = run_sweep(system, size, size.many_steps, num_trials)
         of_trials = (many - few) / (size.many_steps - size.few_steps)
         return cls(
             per_step=of_trials * NUM_STUDENTS / num_trials,
             fixed=few - of_trials * size.few_steps,
-            total=many,
+            peak_bytes=peak,
         )
 
     def of_epoch(self) -> float:
@@ -98,6 +98,7 @@ def summarise(size: Size, rounds: list[dict[str, Cost]], split: tuple[float, flo
         yield Measurement(
             name=f"sweep of {NUM_STUDENTS} students, {size.teacher} -> {size.student}, an epoch of 50,000 images each",
             ours=ours, theirs=theirs, unit="CPU s", against=f"{system}, plain Ray Tune, teacher in each trial",
+            peak_bytes=max(costs["ours"].peak_bytes for costs in rounds),
             ratio=median(costs[system].of_epoch() / costs["ours"].of_epoch() for costs in rounds), at_least=target,
             note=f"shared: {sharing}; extrapolated from {size.few_steps} and {size.many_steps} steps; all students a step: "
             f"{steps:.1f} against {other_steps:.1f} CPU s; split of a step: teacher {teacher:.2f}, student {student:.2f} CPU s, "
@@ -131,15 +132,15 @@ def teacher_and_student_seconds(size: Size, num_rounds: int) -> tuple[float, flo
     return passes, steps - passes
 
 
-def run_sweep(system: str, size: Size, num_steps: int, num_trials: int) -> float:
-    """CPU seconds of all processes of one sweep. Raises RuntimeError with its last words when it fails."""
+def run_sweep(system: str, size: Size, num_steps: int, num_trials: int) -> tuple[float, int]:
+    """CPU seconds of all processes of one sweep, and peak memory of the largest. Raises RuntimeError with its last words when it fails."""
     command = [sys.executable, __file__, system, size.teacher, size.student, str(num_steps), str(num_trials)]
     with tempfile.TemporaryDirectory(prefix="s-") as folder, CpuMeter() as meter:
         environment = os.environ | {"RAY_TMPDIR": folder}
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {ended.returncode}: {ended.stderr[-2000:]}")
-    return meter.seconds
+    return meter.seconds, meter.peak_bytes
 
 
 def weights(num_trials: int) -> list[float]:

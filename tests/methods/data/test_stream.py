@@ -219,6 +219,18 @@ def test_decoding_runs_at_most_one_batch_ahead_and_ends_with_the_loop() -> None:
     assert threading.active_count() == threads
 
 
+def test_a_device_is_fed_from_a_thread_beside_the_training() -> None:
+    """Arrays too: gathering and staging a batch costs the training nothing. Meta tensors have no content."""
+    threads = threading.active_count()
+    batches = stream(device=torch.device("meta")).batches(0)
+    first = next(batches)
+    assert threading.active_count() == threads + 1
+    assert [first.images.shape, *(batch.images.shape for batch in batches)] == [
+        batch.images.shape for batch in stream().batches(0)
+    ]
+    assert threading.active_count() == threads
+
+
 def test_an_image_that_cannot_be_decoded_stops_the_epoch() -> None:
     with pytest.raises(OSError, match="image 11 is gone"):
         list(stream(Images(Decoded(broken=11), IMAGES.labels)).batches(0))
