@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from methods.base import Batch, Method
+from methods.base import AnyBatch, Method
 from orchestrator.training import BatchStream
 from orchestrator.workers import SOLO, Workers
 
@@ -22,7 +22,7 @@ class Evaluation:
         method.to(device).eval()
 
     @torch.no_grad()
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: AnyBatch) -> None:
         """Add this worker's share of one batch."""
         totals = self._totals
         for name, value in self._method.statistics(batch).items():

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from methods.base import Batch
+from methods.base import AnyBatch
 from orchestrator.training import BatchStream, Training
 
 __all__ = ["Lockstep", "Member", "Need", "Steps"]
@@ -31,7 +31,7 @@ class Need(NamedTuple):
     """Number of the batch within its split."""
 
 
-Steps = Generator[Need, Batch | None, Training]
+Steps = Generator[Need, AnyBatch | None, Training]
 """A run: yields what it needs, is sent that batch (None where the split has no more), and returns what it leaves."""
 
 
@@ -62,7 +62,7 @@ class Lockstep:
         self._members = members
         self._training, self._validation = training, validation
         self._device = device
-        self._batches: Iterator[Batch] = iter(())
+        self._batches: Iterator[AnyBatch] = iter(())
         self._upcoming: Need | None = None
         self._random = _Randomness(device)
 
@@ -81,7 +81,7 @@ class Lockstep:
                     if member.need == need:
                         self._advance(member, batch)
 
-    def _advance(self, member: Member, batch: Batch | None) -> None:
+    def _advance(self, member: Member, batch: AnyBatch | None) -> None:
         self._random.give_to(member)
         try:
             member.need = member.steps.send(batch)
@@ -90,13 +90,13 @@ class Lockstep:
         except Exception as error:  # whoever started the run decides what becomes of it
             member.result = error
 
-    def _batch(self, need: Need) -> Batch | None:
+    def _batch(self, need: Need) -> AnyBatch | None:
         if need != self._upcoming:
             self._batches = self._open(need)
         self._upcoming = need._replace(position=need.position + 1)
         return next(self._batches, None)
 
-    def _open(self, need: Need) -> Iterator[Batch]:
+    def _open(self, need: Need) -> Iterator[AnyBatch]:
         if not need.is_validation:
             return self._training.batches(need.epoch, need.position)
         assert self._validation is not None
