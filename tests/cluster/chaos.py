@@ -28,6 +28,7 @@ NAME = "chaos"
 GROUP_STAGES = ("teacher", "views")
 NUM_STAGES = 24
 CHECKPOINT_SECONDS = 0.5
+LEASE_SECONDS = 8.0
 EXPERIMENT = """\
 name: {name}
 data: {{dataset: digits, validation: 0.2}}
@@ -45,7 +46,7 @@ run:
   storage: {storage}
   tracking: "{tracking}"
   checkpoint_seconds: {checkpoint_seconds}
-  lease_seconds: 8
+  lease_seconds: {lease_seconds:g}
   max_failures: 10
   stages:
     teacher: {{workers: 2, placement: spread}}
@@ -112,8 +113,9 @@ def write_experiment(cluster: Cluster, name: str) -> tuple[Path, Path]:
     """An experiment file and the storage that it names; tracked by the cluster's server."""
     path, storage = cluster.folder / f"{name}.yaml", cluster.folder / name
     text = EXPERIMENT.format(
-        name=name, storage=storage, tracking=cluster.tracking_uri, checkpoint_seconds=CHECKPOINT_SECONDS
-    )
+        name=name, storage=storage, tracking=cluster.tracking_uri,
+        checkpoint_seconds=CHECKPOINT_SECONDS, lease_seconds=LEASE_SECONDS,
+    )  # fmt: skip
     path.write_text(text)
     return path, storage
 
