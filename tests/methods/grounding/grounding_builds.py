@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from grounding_samples import TASK
+from torch import Tensor
 
 from methods.grounding.cm_masksd import CmMaskSD
-from methods.grounding.contracts import GroundingTask
+from methods.grounding.contracts import GroundingBatch, GroundingTask
 from methods.grounding.magnet import MagNet
+from methods.grounding.method import GroundingMethod
 
 DEFORMABLE = {
     "decoder": "deformable",
@@ -32,6 +34,17 @@ def magnet(*, seed: int = 0, task: GroundingTask = TASK, **changes: Any) -> MagN
     torch.manual_seed(seed)
     settings = MagNet.Settings(**{**MagNet.presets["magnet_small"], **changes})
     return MagNet(settings, task=task, model=None, inputs={})
+
+
+def rows(batch: GroundingBatch, part: slice) -> GroundingBatch:
+    """Some rows of a batch, as another worker would see them."""
+    return GroundingBatch(*(value[part] if isinstance(value, Tensor) else value for value in batch))
+
+
+def values(method: GroundingMethod, batch: GroundingBatch) -> dict[str, float]:
+    """Each loss of a step."""
+    with torch.no_grad():
+        return {name: float(loss.value) for name, loss in method(batch).losses.items()}
 
 
 def num_parameters(module: torch.nn.Module) -> int:

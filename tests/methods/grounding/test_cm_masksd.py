@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from grounding_builds import cm_masksd, num_parameters
+from grounding_builds import cm_masksd, num_parameters, rows, values
 from grounding_samples import TASK, make_batch
 from torch import Tensor, nn
 
+from methods.grounding.clip_encoder import ClipEncoder
 from methods.grounding.cm_masksd import CmMaskSD
 from methods.grounding.contracts import GroundingBatch
 from methods.grounding.text_decoder import DynamicHead, sine_positions
@@ -154,6 +155,34 @@ def test_positions_differ_everywhere_and_are_the_same_along_an_axis() -> None:
     assert len({tuple(row.tolist()) for row in positions.view(25, 16)}) == 25
     with pytest.raises(ValueError, match="multiple of 4"):
         sine_positions(5, 6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mask_strategy": "sampled"}, {"distill_on": "features", "supervise_masked": True}]
+)
+def test_losses_of_a_batch_are_those_of_its_shares(changes: dict[str, Any]) -> None:
+    """So that two workers train as one."""
+    method, batch = cm_masksd(**changes), make_batch(5)
+    whole, first, second = (values(method, rows(batch, part)) for part in (slice(5), slice(3), slice(3, 5)))
+    for name, value in whole.items():
+        assert (3 * first[name] + 2 * second[name]) / 5 == pytest.approx(value, rel=1e-4), name
+
+
+def test_half_precision_stays_finite() -> None:
+    method = cm_masksd()
+    with torch.autocast("cpu", torch.bfloat16):
+        total = method(make_batch()).total
+    total.backward()
+    assert total.dtype == torch.float32
+    assert total.isfinite()
+
+
+def test_the_published_size_is_that_of_the_published_checkpoint() -> None:
+    settings = CmMaskSD.Settings(**{**CmMaskSD.presets["cm_masksd_base"], "checkpoint": ""})
+    words = dataclasses.replace(TASK, image_size=480, vocabulary_size=49_408, start_id=49_406, end_id=49_407)
+    with torch.device("meta"):
+        encoder = ClipEncoder(settings, words)
+    assert num_parameters(encoder) == 149_620_737
 
 
 INACTIVE: list[tuple[dict[str, Any], set[str]]] = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from grounding_builds import DEFORMABLE, magnet, num_parameters
+from grounding_builds import DEFORMABLE, magnet, num_parameters, rows, values
 from grounding_samples import TASK, make_batch
 from torch import nn
 
@@ -133,6 +133,28 @@ def test_first_weights_of_the_deformable_decoder_are_drawn_and_not_left_over() -
     offsets = first.scales.decoder.encoder.layers[0].self_attn.sampling_offsets
     assert offsets.weight.abs().sum() == 0
     assert offsets.bias.abs().sum() > 0
+
+
+def test_losses_of_a_batch_are_those_of_its_shares() -> None:
+    """So that two workers train as one, whatever words and pixels are drawn. The last row has too few pixels."""
+    method, batch = magnet(), make_batch(5)
+    masks = batch.masks.clone()
+    masks[4] = 0
+    batch = batch._replace(masks=masks)
+    whole, first, second = (values(method, rows(batch, part)) for part in (slice(5), slice(3), slice(3, 5)))
+    assert len(whole) == 5
+    for name, value in whole.items():
+        assert (3 * first[name] + 2 * second[name]) / 5 == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.parametrize("changes", [{}, DEFORMABLE], ids=["pyramid", "deformable"])
+def test_half_precision_stays_finite(changes: dict[str, Any]) -> None:
+    method = magnet(**changes)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = method(make_batch()).total
+    total.backward()
+    assert total.dtype == torch.float32
+    assert total.isfinite()
 
 
 INACTIVE: list[tuple[dict[str, Any], set[str]]] = [
