@@ -14,7 +14,12 @@ from methods.base import Source
 from methods.catalog import Catalog
 from methods.grounding.cm_masksd import CmMaskSD
 from methods.grounding.contracts import GroundingBatch, GroundingTask
-from methods.grounding.grounding_students import LatentVGStudent, SharedRISStudent
+from methods.grounding.grounding_students import (
+    CmMaskSDStudent,
+    LatentVGStudent,
+    MagNetStudent,
+    SharedRISStudent,
+)
 from methods.grounding.latent_vg import LatentVG
 from methods.grounding.magnet import MagNet
 from methods.grounding.method import GroundingMethod
@@ -250,6 +255,19 @@ CASES |= {
         teacher="latent_vg-after-attention",
         beside=ADAPTED,
         auxiliary=KD,
+    ),
+    "cm_masksd_kd": GroundingCase(
+        method=CmMaskSDStudent,
+        settings={**CM_SMALL, **CM_TINY},
+        teacher="shared_ris-pyramid",
+        untrained=CM_PARTS["untrained"],
+        beside=(*CM_PARTS["beside"], *ADAPTED[1:]),
+    ),
+    "magnet_kd": GroundingCase(
+        method=MagNetStudent,
+        settings={**MAGNET_SMALL, **MAGNET_TINY},
+        teacher="shared_ris-pyramid",
+        beside=(*MAGNET_PARTS["beside"], *ADAPTED[1:]),
     ),
 }
 

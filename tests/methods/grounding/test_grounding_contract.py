@@ -54,6 +54,17 @@ def test_any_batch_gives_finite_outputs_and_gradients(name: str, size: int, empt
 
 
 @every_case
+def test_half_precision_leaves_losses_in_full(name: str) -> None:
+    method = build(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step = method(make_batch(2))
+    assert {key: loss.value.dtype for key, loss in step.losses.items()} == dict.fromkeys(
+        step.losses, torch.float32
+    )
+    assert step.total.isfinite()
+
+
+@every_case
 def test_every_parameter_learns(name: str) -> None:
     method = build(name)
     method(make_batch(4)).total.backward()
