@@ -136,7 +136,8 @@ def run_sweep(system: str, size: Size, num_steps: int, num_trials: int) -> tuple
     """CPU seconds of all processes of one sweep, and peak memory of the largest. Raises RuntimeError with its last words when it fails."""
     command = [sys.executable, __file__, system, size.teacher, size.student, str(num_steps), str(num_trials)]
     with tempfile.TemporaryDirectory(prefix="s-") as folder, CpuMeter() as meter:
-        environment = os.environ | {"RAY_TMPDIR": folder}
+        # By default Ray's workers are nicer than all else, and starve on a busy machine. Ours are not.
+        environment = os.environ | {"RAY_TMPDIR": folder, "RAY_worker_niceness": "0"}
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {ended.returncode}: {ended.stderr[-2000:]}")
