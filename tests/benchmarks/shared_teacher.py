@@ -180,7 +180,7 @@ def run_plain(options: argparse.Namespace, folder: str) -> None:
     from ray import tune
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
-    images = ray.put(pictures.images(options.num_steps * textbook.BATCH_SIZE))
+    images = pictures.images(options.num_steps * textbook.BATCH_SIZE)
     function = tune.with_parameters(
         train_same if options.system == "same loop" else train_textbook, options=options, images=images
     )
@@ -196,20 +196,18 @@ def run_plain(options: argparse.Namespace, folder: str) -> None:
 
 def train_same(config: dict[str, Any], options: argparse.Namespace, images: Any) -> None:
     """A trial with our loop and stream, and a teacher of its own."""
-    import ray
     from ray import tune
 
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
     teacher, student = (product.network(name, cpu) for name in (options.teacher, options.student))
-    stream = product.stream(ray.get(images), textbook.BATCH_SIZE, cpu)
+    stream = product.stream(images, textbook.BATCH_SIZE, cpu)
     product.run(product.method(student, teacher, kd_weight=config["kd_weight"]), stream, cpu)
     tune.report({"done": 1})
 
 
 def train_textbook(config: dict[str, Any], options: argparse.Namespace, images: Any) -> None:
     """A trial with the textbook loop."""
-    import ray
     from ray import tune
 
     torch.set_num_threads(1)
@@ -218,7 +216,7 @@ def train_textbook(config: dict[str, Any], options: argparse.Namespace, images: 
         product.network(name, cpu, channels_last=False).get_submodule("network")
         for name in (options.teacher, options.student)
     )
-    textbook.train(student, teacher, textbook.batches(ray.get(images), cpu), kd_weight=config["kd_weight"])
+    textbook.train(student, teacher, textbook.batches(images, cpu), kd_weight=config["kd_weight"])
     tune.report({"done": 1})
 
 
