@@ -24,7 +24,16 @@ from orchestrator.evaluation import Evaluation, evaluate
 from orchestrator.lockstep import Lockstep, Member, Need, Steps
 from orchestrator.optimisation import PRECISIONS, TrainSettings, learning_rate_factor
 from orchestrator.run_state import RunState
-from orchestrator.training import BatchStream, CheckpointSlot, Clock, Observer, Row, StopTraining, Training
+from orchestrator.training import (
+    BatchStream,
+    CheckpointSlot,
+    Clock,
+    Observer,
+    Row,
+    StopTraining,
+    Training,
+    checkpoint_interval,
+)
 from orchestrator.workers import SOLO, Workers
 
 __all__ = ["CheckpointSlot", "Row", "StopTraining", "Training", "evaluate", "train"]
@@ -237,14 +246,11 @@ class _Run:
 
     def _save_when_due(self) -> bool:
         """Save if worker 0 finds that it is time; gives whether that was done."""
-        is_due = self.slot is not None and self.state.clock() - self.saved_at >= self._interval(self.slot)
+        interval = checkpoint_interval(self.slot, self.checkpoint_seconds)
+        is_due = self.state.clock() - self.saved_at >= interval
         if is_due := self.workers.broadcast_flag(is_due):
             self._save()
         return is_due
-
-    def _interval(self, slot: CheckpointSlot) -> float:
-        """Seconds between checkpoints, so that one is kept, not only begun, when ``checkpoint_seconds`` have passed."""
-        return max(self.checkpoint_seconds - slot.lag_seconds, self.checkpoint_seconds / 2)
 
     def _save(self) -> None:
         tree = self.state.tree()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ __all__ = [
     "Row",
     "StopTraining",
     "Training",
+    "checkpoint_interval",
     "untrained",
 ]
 
@@ -63,6 +65,16 @@ class CheckpointSlot(Protocol):
     def save(self, tree: Mapping[str, Any]) -> None:
         """Keep ``tree`` as the latest. Called by worker 0. The tensors are live: read them before returning."""
         ...
+
+
+def checkpoint_interval(slot: CheckpointSlot | None, checkpoint_seconds: float) -> float:
+    """Seconds from one ``save`` to the next, so that a tree is kept, not only begun, every ``checkpoint_seconds``.
+
+    A slot that lags behind by more than half of that is not asked more often still. Without a slot, infinity.
+    """
+    if slot is None:
+        return math.inf
+    return max(checkpoint_seconds - slot.lag_seconds, checkpoint_seconds / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
