@@ -13,6 +13,7 @@ from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError
 from orchestrator.keys import Facts, active_settings, active_train, content_key, cost_signature, stage_content
 from orchestrator.settings import to_plain
+from orchestrator.signals_plan import refuse_unrecordable, unrecordable, wanted_recordings
 from orchestrator.spec import ExperimentSpec, RunSettings
 
 __all__ = ["Plan", "PlannedStage", "Planner", "Point", "Trial", "make_plan"]
@@ -39,6 +40,10 @@ class PlannedStage:
     content: Mapping[str, Any]
     signature: str
     """Which history tells what it will cost."""
+    signals: Mapping[str, str] = field(default_factory=dict)
+    """Role of a teacher -> the recording of its signals that this stage would read; equal names are equal signals."""
+    unrecordable: str = ""
+    """Why what teaches it cannot be recorded."""
 
     @property
     def epochs(self) -> int:
@@ -76,6 +81,8 @@ class Planner:
     def trial(self, point: Point, seed: int) -> Trial:
         """The trial of ``point`` with ``seed``. A setting without effect is dropped before keys are made."""
         chain = self.spec.chain(point.label, point.values)
+        if self.spec.run.signals == "record":
+            refuse_unrecordable(chain, self.spec.catalog)
         stages = self._key_stages(chain, seed)
         anchor = stages if seed == 0 else self._key_stages(chain, 0)
         return Trial(
@@ -94,9 +101,14 @@ class Planner:
             data = stage.data or self.spec.data
             seed = trial_seed if stage.seed == "trial" else stage.seed
             inputs = {role: keys[source] for role, source in stage.inputs.items()}
+            signals = wanted_recordings(
+                stage, chain=chain, keys=keys, data=data, content=data.content(self.facts.data[data.source_id]),
+                seed=seed, num_workers=self.spec.run.for_stage(name).workers, catalog=self.spec.catalog,
+            )  # fmt: skip
             content = stage_content(
-                stage, data=data, seed=seed, inputs=inputs, facts=self.facts, catalog=self.spec.catalog
-            )
+                stage, data=data, seed=seed, inputs=inputs, facts=self.facts, catalog=self.spec.catalog,
+                signals=self.spec.run.signal_format.content() if signals else None,
+            )  # fmt: skip
             keys[name] = content_key(content)
             signatures[name] = cost_signature(
                 stage, data, {role: signatures[source] for role, source in stage.inputs.items()}, self.facts
@@ -111,6 +123,8 @@ class Planner:
                     inputs=inputs,
                     content=content,
                     signature=signatures[name],
+                    signals=signals,
+                    unrecordable=unrecordable(stage, self.spec.catalog),
                 )
             )
         return tuple(planned)
@@ -152,6 +166,10 @@ class Plan:
     """What stages hold, what that costs, and what it may."""
     spent: MachineTime = NO_TIME
     """What earlier runs of this sweep have held."""
+    drawn_like: tuple[Trial, ...] = ()
+    """A trial for each seed of the points that the search will draw, as far as it does not vary them."""
+    varied: frozenset[str] = frozenset()
+    """Names of the stages that differ between those points."""
 
     @property
     def stages(self) -> dict[str, PlannedStage]:
@@ -237,4 +255,6 @@ def make_plan(
         num_confirming=search.confirm.top * max(0, search.confirm.seeds - search.seeds),
         slots=slots,
         run=planner.spec.run,
+        drawn_like=tuple(planner.trial(Point(), seed) for seed in range(search.seeds)) if num_undrawn else (),
+        varied=frozenset({planner.spec.target, *(path.partition(".")[0] for path in search.space)}),
     )

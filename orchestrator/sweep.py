@@ -26,6 +26,7 @@ from orchestrator.progress import Display, make_display
 from orchestrator.result import Result
 from orchestrator.rows import CostHistory, trial_rows
 from orchestrator.search import known_points, make_sampler
+from orchestrator.signals_plan import shared_recordings
 from orchestrator.spec import ExperimentSpec
 from orchestrator.spending import Spending
 from orchestrator.stage import StageRunner
@@ -208,7 +209,10 @@ class Sweep:
         from orchestrator.ray_train import StageExecute
         from orchestrator.ray_tune import SharedData, drive
 
-        stages = StageRunner(self.store, self.spec.catalog, self.spec.run, SharedData(self._load_data()))
+        stages = StageRunner(
+            self.store, self.spec.catalog, self.spec.run, SharedData(self._load_data()),
+            shared_signals=shared_recordings(self.plan()),
+        )  # fmt: skip
         runner = TrialRunner(self.store, StageExecute(stages), self.spec.search.objectives, run_id)
         drive(self.planner, runner, run.dispatcher, monitor, room=room, interrupt=run.stopper.interrupt)
 
