@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -91,8 +92,8 @@ def _read(raw: np.ndarray, recording: str) -> Chunk:
 def _column(memory: Tensor, described: Mapping[str, Any]) -> Tensor:
     kind, shape = KINDS[described["kind"]], [int(size) for size in described["shape"]]
     start = int(described["offset"])
-    num_bytes = int(np.prod(shape)) * kind.itemsize
-    if start < 0 or start + num_bytes > len(memory):
+    num_bytes = math.prod(shape) * kind.itemsize
+    if min([start, *shape]) < 0 or start + num_bytes > len(memory):
         raise ValueError("a column reaches beyond its end")
     return memory[start : start + num_bytes].view(kind).view(shape)
 

@@ -64,8 +64,14 @@ class Noise:
         return ImageData(train, Images(pixels[:20], labels[:20]), names, mean=(0.4,), std=(0.25,))
 
 
-def quick(method: str, epochs: int = EPOCHS, train: Mapping[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
-    return {"method": method, "train": {"epochs": epochs, "batch_size": BATCH_SIZE, **(train or {})}, **settings}
+def quick(
+    method: str, epochs: int = EPOCHS, train: Mapping[str, Any] | None = None, **settings: Any
+) -> dict[str, Any]:
+    return {
+        "method": method,
+        "train": {"epochs": epochs, "batch_size": BATCH_SIZE, **(train or {})},
+        **settings,
+    }
 
 
 TEACHERS: dict[str, Any] = {

@@ -92,7 +92,9 @@ def test_stored_equals_computed(bench: Bench, passes: list[int], name: str) -> N
     assert (second.signals["computed_rows"], second.signals["read_rows"]) == (0, factor * NUM_ROWS)
     assert 0 < second.signals["audited_rows"] <= factor * EPOCHS * BATCH_SIZE
     # Only audits, and where a method evaluates its teacher, validation and test.
-    assert len(passes) == own_passes - factor * EPOCHS * (NUM_BATCHES - 1) * (2 if name == "micro-batches" else 1)
+    assert len(passes) == own_passes - factor * EPOCHS * (NUM_BATCHES - 1) * (
+        2 if name == "micro-batches" else 1
+    )
     assert first.signals["notes"] == second.signals["notes"] == []
 
 
@@ -251,7 +253,9 @@ def test_weights_that_were_replaced_under_the_same_key_are_another_teacher(bench
     assert second.signals["read_rows"] == 0
 
 
-def test_without_room_training_goes_on_live_and_says_so_once(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_room_training_goes_on_live_and_says_so_once(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
     live = bench.train(KD, signals="live")
     full = bench.train(KD, signals="record", signals_gigabytes=1e-6)
     assert full.same_as(live)
@@ -263,7 +267,9 @@ def test_without_room_training_goes_on_live_and_says_so_once(bench: Bench, caplo
 
 def test_images_that_cannot_be_replayed_are_refused(bench: Bench) -> None:
     data = {"restless": True}
-    with pytest.raises(ConfigurationError, match="signals cannot be recorded: the first batch has other images"):
+    with pytest.raises(
+        ConfigurationError, match="signals cannot be recorded: the first batch has other images"
+    ):
         bench.train(KD, data=data, signals="record")
     chosen = bench.train(KD, data=data, signals="auto", shared=True)
     assert chosen.signals["live_because"][0].startswith("the first batch has other images each time")
