@@ -31,6 +31,7 @@ Columns = Mapping[str, Tensor]
 
 REST_TEMPERATURE = 4.0
 """At which the rest is measured: the usual temperature of distillation."""
+LARGEST_HALF = torch.finfo(torch.float16).max
 LARGEST_SHORT = 2**15
 """Classes from this number on do not fit into 16 bits."""
 
@@ -40,7 +41,8 @@ class SignalFormat:
     """Whether and how logits and pooled features are compressed. By default they are not."""
 
     precision: SignalPrecision = "float32"
-    """``float32``: the bits that the teacher emitted, those of bfloat16 where it computed in that. ``float16``: rounded."""
+    """``float32``: the bits that the teacher emitted, those of bfloat16 where it computed in that. ``float16``: rounded,
+    and held within +-65504."""
     top_k: int | None = None
     """Keep this many of the largest logits, and how much there is besides; None keeps all."""
 
@@ -86,7 +88,9 @@ class SignalFormat:
         return rest_BC.scatter(1, columns["top_classes"].long(), columns["top_logits"].float()), pooled_BD
 
     def _rounded(self, values: Tensor) -> Tensor:
-        return values.to(torch.float16) if self.precision == "float16" else values
+        if self.precision == "float32":
+            return values
+        return values.clamp(-LARGEST_HALF, LARGEST_HALF).to(torch.float16)  # rather than infinity
 
     def _restored(self, values: Tensor) -> Tensor:
         return values if self.is_exact else values.float()

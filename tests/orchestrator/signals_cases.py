@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,10 +12,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from methods import BUILTIN
+from methods.base import Method
 from methods.data.base import Augment, ImageData, Images
-from orchestrator import Experiment
-from orchestrator.loop import Row
-from orchestrator.plan import Point, Trial
+from orchestrator.keys import Facts
+from orchestrator.plan import Planner, Point, Trial
+from orchestrator.reader import parse_experiment
 from orchestrator.spec import RunSettings
 from orchestrator.stage import StageRunner, load_source
 from orchestrator.store import Store
@@ -82,19 +85,28 @@ TEACHERS: dict[str, Any] = {
 }
 
 
-def experiment(
-    student: Mapping[str, Any], run: Mapping[str, Any] | None = None, data: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Experiment:  # fmt: skip
-    """The student with those of the teachers that it needs."""
+def planner_of(
+    student: Mapping[str, Any],
+    run: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    methods: Mapping[str, type[Method]] | None = None,
+) -> Planner:
+    """An experiment of the student with those of the teachers that it needs."""
     used = {name: TEACHERS[name] for name in TEACHERS if f"${name}" in str(student)}
     if {"views", "noise"} & set(used):
         used = {"teacher": TEACHERS["teacher"], **used}
-    return Experiment(
-        name="signals", data={"dataset": "noise", "validation": 0.2, **(data or {})}, stages={**used, "student": student},
-        search={"objective": {"maximize": "student.top1"}}, run={"storage": "unused", **(run or {})},
-        datasets={"noise": Noise}, **options,
-    )  # fmt: skip
+    document = {
+        "name": "signals",
+        "data": {"dataset": "noise", "validation": 0.2, **(data or {})},
+        "stages": {**used, "student": student},
+        "search": {"objective": {"maximize": "student.top1"}},
+        "run": {"storage": "unused", **(run or {})},
+    }
+    catalog = BUILTIN.extended(methods=methods, datasets={"noise": Noise})
+    return Planner(
+        parse_experiment(document, catalog),
+        Facts(data=defaultdict(lambda: "f0"), code=defaultdict(lambda: "c0")),
+    )
 
 
 @dataclass
@@ -107,10 +119,6 @@ class Trained:
     def same_as(self, other: Trained) -> bool:
         assert self.weights.keys() == other.weights.keys()
         return all(torch.equal(value, other.weights[name]) for name, value in self.weights.items())
-
-
-def ignore(row: Row) -> None:
-    """Report to nobody."""
 
 
 class Bench:
@@ -128,21 +136,30 @@ class Bench:
 
     def train(
         self, student: Mapping[str, Any], *, seed: int = 0, data: Mapping[str, Any] | None = None, shared: bool = False,
-        workers: Workers = SOLO, report: Callable[[Row], bool | None] = ignore, methods: Any = None, **run: Any,
+        workers: Workers = SOLO, methods: Any = None, **run: Any,
     ) -> Trained:  # fmt: skip
-        """Train ``student`` anew with these settings of ``run``, with what else is there."""
-        sweep = experiment(student, run, data, methods=methods)._sweep
-        trial: Trial = sweep.planner.trial(Point({}), seed)
+        """Train ``student`` anew with these settings of ``run``, with what else is there. All workers call it."""
+        planner = planner_of(student, run, data, methods)
+        catalog, trial = planner.spec.catalog, planner.trial(Point({}), seed)
         stages = StageRunner(
-            self.store, sweep.spec.catalog, sweep.spec.run, lambda section: section.source.load(), workers=workers,
+            self.store, catalog, planner.spec.run, lambda section: section.source.load(), workers=workers,
             shared_signals=frozenset(trial.final.signals.values()) if shared else frozenset(),
         )  # fmt: skip
-        self._forget(trial.key)
+        if workers.rank == 0:
+            self._forget(trial.key)
+            self._teach(trial, stages)
+        workers.barrier()
+        stages.execute(trial.final, lambda row: None)
+        workers.barrier()
+        trained = self.result(trial.key, catalog)
+        workers.barrier()  # before it is forgotten again
+        return trained
+
+    def _teach(self, trial: Trial, stages: StageRunner) -> None:
         for stage in trial.stages[:-1]:
             if not self.store.has(stage.key):
-                replace(stages, run=RunSettings(signals="live"), workers=SOLO).execute(stage, ignore)
-        stages.execute(trial.final, report)
-        return self.result(trial.key, sweep.spec.catalog)
+                alone = replace(stages, run=RunSettings(signals="live"), workers=SOLO)
+                alone.execute(stage, lambda row: None)
 
     def result(self, key: str, catalog: Any) -> Trained:
         weights = dict(load_source(self.store, key, catalog).weights)

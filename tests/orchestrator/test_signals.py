@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from signals_cases import BATCH_SIZE, EPOCHS, NUM_BATCHES, NUM_TRAINING, TEACHERS, Bench, Trained, quick
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 
 from methods.angular.student import AngularDistillation
 from methods.base import Batch, Step
 from orchestrator import signals as signals_module
+from orchestrator import signals_shelf
 from orchestrator.errors import ConfigurationError
 from orchestrator.signals_chunk import map_chunk, to_chunk
 from orchestrator.signals_network import RecordedNetwork
+from orchestrator.store import Store
+from orchestrator.workers import TorchWorkers
 
 NUM_ROWS = EPOCHS * NUM_TRAINING
 
@@ -309,6 +316,71 @@ def test_what_only_the_storage_has_is_brought_to_the_node(bench: Bench, tmp_path
     assert len(read.signals["notes"]) == 1
     shutil.rmtree(folder)
     assert bench.train(KD, **options).signals["computed_rows"] == 0
+
+
+def test_a_disk_that_fills_up_stops_the_recording_and_not_the_training(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals_shelf, "FREE_SHARE", 0.0)  # to the last byte
+    live = bench.train(KD, signals="record")
+    num_bytes = bench.chunks()[0].stat().st_size
+    shutil.rmtree(bench.recordings)
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes + 3 * 4096}", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        full = bench.train(KD, signals="record", signals_dir=str(place))
+        left = list(place.rglob("*.chunk"))
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+    assert full.same_as(live)
+    (note,) = full.signals["notes"]
+    assert "no further, training goes on live: " in note
+    assert "bytes of the disk are free" in note or "disk full" in note
+    assert len(left) == 1  # that of the first epoch
+
+
+@pytest.mark.parametrize("url", ["memory://signals-test"])
+def test_recordings_lie_in_any_storage(bench: Bench, tmp_path: Path, url: str) -> None:
+    live = bench.train(KD, signals="live")
+    far = Bench(bench.store.url)
+    far.store = Store(url)
+    options = {"signals": "record", "signals_dir": str(tmp_path / "node")}
+    assert far.train(KD, **options).signals["computed_rows"] == NUM_ROWS
+    shutil.rmtree(tmp_path / "node")
+    far.store._files.delete("artifacts")  # whose student would be in the way
+    read = far.train(KD, **options)
+    assert (read.signals["computed_rows"], read.signals["notes"], read.same_as(live)) == (0, [], True)
+
+
+def work(rank: int, folder: str) -> None:
+    """What each of two workers does: record, then read."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    workers, bench = TorchWorkers.current(torch.device("cpu")), Bench(Path(folder) / "storage")
+    live, first, second = (
+        bench.train(STUDENTS["views whose heads learn"], workers=workers, signals=mode)
+        for mode in ("live", "record", "record")
+    )
+    found = {
+        "same": first.same_as(live) and second.same_as(live),
+        "computed": [first.signals["computed_rows"], second.signals["computed_rows"]],
+        "notes": first.signals["notes"] + second.signals["notes"],
+    }
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_several_workers_record_and_read_one_recording(bench: Bench, tmp_path: Path) -> None:
+    multiprocessing.spawn(work, args=(str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == {"same": True, "computed": [NUM_ROWS // 2, 0], "notes": []}
+    assert {path.name[:4] for path in bench.chunks()} == {"0000", "0001"}
+    assert len(list(bench.recordings.iterdir())) == 1
 
 
 @pytest.mark.parametrize("form", [{"signals_precision": "float16"}, {"signals_top_k": 2}])

@@ -55,6 +55,11 @@ def test_float16_rounds() -> None:
         torch.testing.assert_close(found, true, rtol=2**-11, atol=1e-6)
 
 
+def test_float16_never_becomes_infinite() -> None:
+    form, large = SignalFormat(precision="float16"), torch.tensor([[1e6, -1e6]])
+    assert form.decode(form.encode(large, large), 2)[0].tolist() == [[65504.0, -65504.0]]
+
+
 @pytest.mark.parametrize("top_k", [1, 3, 9])
 def test_top_k_keeps_the_largest_and_the_share_of_the_rest(top_k: int) -> None:
     form, (logits, pooled) = SignalFormat(top_k=top_k), signals()
