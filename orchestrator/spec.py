@@ -165,7 +165,7 @@ class RunSettings:
     signals_top_k: int | None = None
     """Keep this many of the largest logits and the level of the rest; changes results and keys, see ``signals_codec``."""
     signals_dir: str | None = None
-    """Folder on a disk of each node, for recordings that are read there. By default those in a local ``storage`` are
+    """Absolute path of a folder on a disk of each node, for recordings that are read there. By default those in a local ``storage`` are
     used in place; for URLs and network mounts it is ``stillhouse`` in the user's cache folder."""
     signals_gigabytes: float = 20.0
     """How much recordings may take, in the storage and on each node. The least recently used make room."""
@@ -218,6 +218,10 @@ class RunSettings:
             raise ValueError(f"signals_top_k must be at least 1, got {self.signals_top_k}")
         if not 0 < self.signals_gigabytes < math.inf:
             raise ValueError(f"signals_gigabytes must be finite and above 0, got {self.signals_gigabytes}")
+        if self.signals_dir is not None and not self.signals_dir.startswith(("/", "~")):
+            raise ValueError(
+                f"signals_dir must be an absolute path, the same on each node, got {self.signals_dir!r}"
+            )
         if self.signals == "live" and not self.signal_format.is_exact:
             raise ValueError(
                 "signals must be 'auto' or 'record' where signals_precision or signals_top_k compress them, got 'live'"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from experiment_cases import ABSENT, key_of, planner_of, problems_of, trial_of
+from experiment_cases import ABSENT, document, key_of, planner_of, problems_of, trial_of
 
 from orchestrator.errors import ConfigurationError
 from orchestrator.plan import Plan, Point, make_plan
@@ -14,6 +14,7 @@ from orchestrator.search import known_points
 from orchestrator.signals_plan import Uses, shared_recordings
 
 KD: dict[str, Any] = {"stages/student/method": "kd", "stages/student/teacher": "$teacher", "stages/views": ABSENT, "search/space": {}, "baselines": {}}  # fmt: skip
+FLAT: dict[str, Any] = {"search/space": {}, "baselines": {}}
 STREAM = {"data/stream_seed": 1}
 FIXED = {"data/augment": {"pad": 0}}
 
@@ -75,12 +76,9 @@ def test_seeds_share_what_does_not_depend_on_them() -> None:
 
 def test_a_probe_of_a_teacher_is_another_network() -> None:
     probed = {**KD, "stages/probe": {"method": "linear_probe", "teacher": "$teacher"}, "stages/student/teacher": "$probe"}  # fmt: skip
-    document = {"stages/student": ABSENT}
-    from experiment_cases import document as whole
-
-    stages = whole(probed)["stages"]
+    stages = document(probed)["stages"]
     ordered = {name: stages[name] for name in ("teacher", "probe", "student")}
-    assert recording({**probed, **document, "stages": ordered}) != recording(KD)
+    assert recording({**FLAT, "stages": ordered}) != recording(KD)
 
 
 def test_uses_are_counted_over_what_has_to_run() -> None:
@@ -153,6 +151,7 @@ def test_one_stream_for_all_seeds_is_in_every_key() -> None:
         ({"run/signals_top_k": 0}, "run.signals_top_k: signals_top_k must be at least 1, got 0"),
         ({"run/signals_gigabytes": 0}, "run.signals_gigabytes: signals_gigabytes must be finite and above 0, got 0.0"),
         ({"run/signals": "live", "run/signals_precision": "float16"}, "run.signals: signals must be 'auto' or 'record' where signals_precision or signals_top_k compress them, got 'live'"),
+        ({"run/signals_dir": "there"}, "run.signals_dir: signals_dir must be an absolute path, the same on each node, got 'there'"),
         ({"data/stream_seed": -1}, "data.stream_seed: stream_seed must be a whole number from 0, got -1"),
     ],
 )  # fmt: skip
