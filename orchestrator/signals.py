@@ -30,6 +30,8 @@ from orchestrator.workers import Workers
 
 __all__ = ["StageSignals"]
 
+LAYOUT = 1
+"""Raised whenever chunks or their columns are laid out in another way."""
 SHORTEST_PASS_SECONDS = 0.003
 """A teacher that is quicker than this is not recorded by ``auto``: reading takes up to a millisecond as well."""
 NOT_SHARED = "no other stage of the sweep wants the same signals"
@@ -149,7 +151,7 @@ class StageSignals:
                 content = recording_content(
                     teacher=key, data=self.stage.content["data"], seed=seed, train=train, num_workers=self.workers.size
                 )  # fmt: skip
-                own = {"weights": digest, "view": view, "machine": machine(self.device)}
+                own = {"layout": LAYOUT, "weights": digest, "view": view, "machine": machine(self.device)}
                 identity = {**content, **own, **network.form.content()}
                 row_bytes = network.form.row_bytes(network.num_classes, network.num_features)
                 num_rows = stream.num_samples * (1 if seed is None else train.epochs)

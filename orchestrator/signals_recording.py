@@ -48,10 +48,12 @@ class Tally:
     """Rows that were read and computed, and were the same."""
     notes: list[str] = field(default_factory=list)
     """What did not go as wished."""
+    _subjects: set[str] = field(default_factory=set)
 
-    def note(self, text: str) -> None:
-        """Warn, once for each text."""
-        if text not in self.notes:
+    def note(self, text: str, subject: str = "") -> None:
+        """Warn, once for each subject: by default, that is the text."""
+        if (subject or text) not in self._subjects:
+            self._subjects.add(subject or text)
             self.notes.append(text)
             logger.warning("%s", text)
 
@@ -265,4 +267,4 @@ class Recording:
         try:
             action()
         except StorageError as error:
-            self.tally.note(f"recorded teacher signals could not be {doing}: {error}")
+            self.tally.note(f"recorded teacher signals could not be {doing}: {error}", subject=doing)
