@@ -23,7 +23,7 @@ from orchestrator.signals_behind import MAX_WAITING_BYTES, Behind
 from orchestrator.signals_chunk import MAGIC, Table, map_chunk, to_chunk
 from orchestrator.signals_codec import REST_TEMPERATURE, SignalFormat
 from orchestrator.signals_network import NUM_REMEMBERED, Window
-from orchestrator.signals_recording import Place
+from orchestrator.signals_recording import Place, Recording, Tally
 from orchestrator.signals_shelf import IN_USE_SECONDS, LOOK_SECONDS, Shelf, is_network_mount, open_shelves
 
 KEY = "ab" * 16
@@ -304,3 +304,73 @@ def test_a_window_forgets() -> None:
         window.add(one, Place(0, number, np.arange(4)))
     assert window.find(given[0].images) is None
     assert window.find(given[-1].images) is not None
+
+
+class Recorder:
+    """Somebody who records batches of two samples, with two batches to a chunk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.behind, self.tally = Behind(lambda: None), Tally()
+        self.recording = Recording(
+            KEY, [Shelf(str(folder), 1e6)], self.behind, self.tally, num_ids=20, rank=0, batches_per_chunk=2,
+            is_fixed=False, is_writable=True,
+        )  # fmt: skip
+
+    def place(self, number: int, epoch: int = 0) -> Place:
+        return Place(epoch, number, np.array([2 * number, 2 * number + 1]))
+
+    def step(self, number: int, value: float, epoch: int = 0) -> float:
+        """What the batch is learnt from: what was recorded, else ``value``, which then is."""
+        place = self.place(number, epoch)
+        found = self.recording.read(place)
+        if found is None:
+            found = {"logits": torch.full((2, 3), value)}
+            self.recording.keep(place, found)
+        return float(found["logits"][0, 0])
+
+    def finish(self) -> None:
+        self.recording.flush()
+        self.behind.wait()
+
+
+def test_who_is_a_little_behind_reads_what_the_other_has_just_recorded(tmp_path: Path) -> None:
+    ahead, after = Recorder(tmp_path), Recorder(tmp_path)
+    assert [ahead.step(number, 1.0) for number in range(3)] == [1.0, 1.0, 1.0]
+    ahead.behind.wait()  # the first two batches are a chunk, the third waits for the fourth
+    assert [after.step(number, 2.0) for number in range(3)] == [1.0, 1.0, 2.0]
+    ahead.finish()
+    assert [after.step(number, 2.0) for number in range(3, 5)] == [2.0, 2.0]
+
+
+def test_of_two_who_record_the_same_the_first_to_finish_wins(tmp_path: Path) -> None:
+    one, other = Recorder(tmp_path), Recorder(tmp_path)
+    assert [(one.step(number, 1.0), other.step(number, 2.0)) for number in range(2)] == [(1.0, 2.0)] * 2
+    other.finish()
+    one.finish()
+    late = Recorder(tmp_path)
+    assert [late.step(number, 3.0) for number in range(2)] == [2.0, 2.0]
+    assert len(list(tmp_path.rglob("*.chunk"))) == 1
+    assert [recorder.tally.notes for recorder in (one, other, late)] == [[], [], []]
+    for recorder in (one, other, late):
+        recorder.behind.close()
+
+
+def test_rows_that_an_interrupted_epoch_lacks_are_added(tmp_path: Path) -> None:
+    first = Recorder(tmp_path)
+    for number in (0, 1, 4):
+        first.step(number, 1.0)
+    first.finish()
+    second = Recorder(tmp_path)
+    assert [second.step(number, 2.0) for number in range(6)] == [1.0, 1.0, 2.0, 2.0, 1.0, 2.0]
+    second.finish()
+    third = Recorder(tmp_path)
+    assert [third.step(number, 3.0) for number in range(6)] == [1.0, 1.0, 2.0, 2.0, 1.0, 2.0]
+    assert third.step(0, 3.0, epoch=1) == 3.0
+
+
+def test_a_trouble_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    tally = Tally()
+    for number in range(3):
+        tally.note(f"no room for {number} bytes", subject="room")
+    tally.note("other")
+    assert tally.notes == [record.message for record in caplog.records] == ["no room for 0 bytes", "other"]
