@@ -9,6 +9,7 @@ from typing import Any
 
 from methods.catalog import Catalog, UnknownNameError
 from methods.data.base import Augment, DataSource
+from methods.data.randomness import derive_seed
 from orchestrator.settings import Problems, Typed, as_mapping, nearest, parse, to_plain
 
 __all__ = ["DataSettings", "parse_data"]
@@ -32,6 +33,11 @@ class DataSettings:
     """Largest class over smallest: class c of C keeps ``imbalance ** (-c / (C - 1))`` of its training images."""
     augment: Augment | None = None
     """Augmentation of training images; the data set's own by default."""
+    stream_seed: int | None = None
+    """One order of samples and one augmentation for all seeds and methods, so that all students of a teacher read the
+    same recorded signals. By default each seed and method has its own. It costs statistics: seeds then differ in
+    their first weights and dropout only, so the spread over them is too small, and what is found holds for this one
+    stream; paired differences between methods get sharper."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.validation < 1.0:
@@ -42,6 +48,8 @@ class DataSettings:
             raise ValueError(f"imbalance must be finite and at least 1, got {self.imbalance}")
         for reason in getattr(self.source, "refusals", _nothing)(self):
             raise ValueError(reason)
+        if self.stream_seed is not None and self.stream_seed < 0:
+            raise ValueError(f"stream_seed must be a whole number from 0, got {self.stream_seed}")
 
     @property
     def active_augment(self) -> Augment:
@@ -53,7 +61,7 @@ class DataSettings:
         return json.dumps([self.dataset, to_plain(self.source)], sort_keys=True, default=str)
 
     def content(self, fingerprint: str) -> dict[str, Any]:
-        """What of this section changes the bytes of an artifact. Thinning stands here only where there is some."""
+        """What of this section changes the bytes of an artifact. Thinning and a seed stand here only where they are set."""
         content = {
             "fingerprint": fingerprint,
             "validation": self.validation,
@@ -61,7 +69,14 @@ class DataSettings:
             "augment": to_plain(self.active_augment),
         }
         thinned = {"fraction": self.fraction, "imbalance": self.imbalance}
-        return content | {name: value for name, value in thinned.items() if value != 1.0}
+        content |= {name: value for name, value in thinned.items() if value != 1.0}
+        return content if self.stream_seed is None else content | {"stream_seed": self.stream_seed}
+
+    def seed_of_stream(self, stage_seed: int, method: str) -> int:
+        """From which the order and the augmentation of a stage's training images follow."""
+        if self.stream_seed is not None:
+            return derive_seed(self.stream_seed, "data")
+        return derive_seed(stage_seed, "data", method)
 
 
 def _nothing(section: DataSettings) -> tuple[str, ...]:

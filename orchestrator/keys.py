@@ -54,8 +54,9 @@ def stage_content(
     inputs: Mapping[str, str],
     facts: Facts,
     catalog: Catalog,
+    signals: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that determines the bytes of this stage's artifact."""
+    """Everything that determines the bytes of this stage's artifact. ``signals`` is how a teacher's are compressed."""
     method = catalog.method(stage.method)
     return {
         "method": stage.method,
@@ -66,6 +67,7 @@ def stage_content(
         "data": data.content(facts.data[data.source_id]),
         "seed": seed,
         "inputs": dict(inputs),
+        **({"signals": dict(signals)} if signals else {}),
     }
 
 

@@ -13,6 +13,7 @@ from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError
 from orchestrator.keys import Facts, active_settings, active_train, content_key, cost_signature, stage_content
 from orchestrator.settings import to_plain
+from orchestrator.signals_plan import refuse_unrecordable, unrecordable, wanted_recordings
 from orchestrator.spec import ExperimentSpec, RunSettings
 
 __all__ = ["Plan", "PlannedStage", "Planner", "Point", "Trial", "make_plan"]
@@ -39,6 +40,10 @@ class PlannedStage:
     content: Mapping[str, Any]
     signature: str
     """Which history tells what it will cost."""
+    signals: Mapping[str, str] = field(default_factory=dict)
+    """Role of a teacher -> the recording of its signals that this stage would read; equal names are equal signals."""
+    unrecordable: str = ""
+    """Why what teaches it cannot be recorded."""
 
     @property
     def epochs(self) -> int:
@@ -99,6 +104,8 @@ class Planner:
 
     def _plan(self, point: Point, seed: int) -> Trial:
         chain = self.spec.chain(point.label, point.values, self._known.specs.setdefault(point.label, {}))
+        if self.spec.run.signals == "record":
+            refuse_unrecordable(chain, self.spec.catalog)
         stages = self._key_stages(point, chain, seed)
         return Trial(
             point=point,
@@ -115,22 +122,28 @@ class Planner:
             mark = (point.label, name, marks[name], trial_seed)
             known = self._known.stages.get(mark)
             if known is None:
-                known = self._plan_stage(stage, trial_seed, planned)
+                known = self._plan_stage(stage, trial_seed, planned, chain)
                 if name != self.spec.target:
                     self._known.stages[mark] = known
             planned[name] = known
         return tuple(planned.values())
 
     def _plan_stage(
-        self, stage: StageSpec, trial_seed: int, earlier: Mapping[str, PlannedStage]
+        self, stage: StageSpec, trial_seed: int, earlier: Mapping[str, PlannedStage], chain: Chain
     ) -> PlannedStage:
         data = stage.data or self.spec.data
         seed = trial_seed if stage.seed == "trial" else stage.seed
         inputs = {role: earlier[source].key for role, source in stage.inputs.items()}
         signatures = {role: earlier[source].signature for role, source in stage.inputs.items()}
+        signals = wanted_recordings(
+            stage, chain=chain, keys={name: item.key for name, item in earlier.items()}, data=data,
+            content=data.content(self.facts.data[data.source_id]), seed=seed,
+            num_workers=self.spec.run.for_stage(stage.name).workers, catalog=self.spec.catalog,
+        )  # fmt: skip
         content = stage_content(
-            stage, data=data, seed=seed, inputs=inputs, facts=self.facts, catalog=self.spec.catalog
-        )
+            stage, data=data, seed=seed, inputs=inputs, facts=self.facts, catalog=self.spec.catalog,
+            signals=self.spec.run.signal_format.content() if signals else None,
+        )  # fmt: skip
         return PlannedStage(
             name=stage.name,
             key=content_key(content),
@@ -140,6 +153,8 @@ class Planner:
             inputs=inputs,
             content=content,
             signature=cost_signature(stage, data, signatures, self.facts),
+            signals=signals,
+            unrecordable=unrecordable(stage, self.spec.catalog),
         )
 
     def _active_values(self, point: Point, chain: Chain) -> dict[str, Any]:
@@ -179,6 +194,10 @@ class Plan:
     """What stages hold, what that costs, and what it may."""
     spent: MachineTime = NO_TIME
     """What earlier runs of this sweep have held."""
+    drawn_like: tuple[Trial, ...] = ()
+    """A trial for each seed of the points that the search will draw, as far as it does not vary them."""
+    varied: frozenset[str] = frozenset()
+    """Names of the stages that differ between those points."""
 
     @property
     def stages(self) -> dict[str, PlannedStage]:
@@ -264,4 +283,6 @@ def make_plan(
         num_confirming=search.confirm.top * max(0, search.confirm.seeds - search.seeds),
         slots=slots,
         run=planner.spec.run,
+        drawn_like=tuple(planner.trial(Point(), seed) for seed in range(search.seeds)) if num_undrawn else (),
+        varied=frozenset({planner.spec.target, *(path.partition(".")[0] for path in search.space)}),
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.budget import exceeded
 from orchestrator.cost import NO_TIME, MachineTime, cost_text
+from orchestrator.signals_plan import signal_lines
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan, PlannedStage
@@ -39,7 +40,8 @@ def plan_text(plan: Plan) -> str:
                 cost_text(plan.machine_time(to_run), plan.run.prices) if to_run else "–",
             )
         )
-    return "\n".join([_headline(plan), "", *_columns(rows), "", *_scaled_batches(plan), *_closing(plan)])
+    notes = [*_scaled_batches(plan), *signal_lines(plan)]
+    return "\n".join([_headline(plan), "", *_columns(rows), "", *notes, *_closing(plan)])
 
 
 def _scaled_batches(plan: Plan) -> list[str]:

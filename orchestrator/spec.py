@@ -15,6 +15,7 @@ from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError
 from orchestrator.placement import Placement, StageWorkers, WorkerSettings
 from orchestrator.settings import Problems
+from orchestrator.signals_codec import SignalFormat, SignalPrecision
 from orchestrator.space import Domain
 
 __all__ = [
@@ -118,7 +119,8 @@ class SearchSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSettings:
-    """Where and with what the stages run. Nothing in here changes a result or is in a key, except ``batch: scale``."""
+    """Where and with what the stages run. Nothing in here changes a result or is in a key, except ``batch: scale`` and
+    compressed signals (``signals_precision``, ``signals_top_k``)."""
 
     workers: int = 1
     """Ray Train workers of each stage; a stage with one worker runs in the trial's own process."""
@@ -153,6 +155,20 @@ class RunSettings:
     """At most this much training is lost when a stage is killed."""
     lease_seconds: float = 30.0
     """A stage whose holder gave no sign of life for this long is taken over."""
+    signals: Literal["auto", "record", "live"] = "auto"
+    """What frozen teachers emit for training batches. ``live``: it is computed in each step. ``record``: rows that are
+    not recorded yet are computed and recorded, others read. ``auto``: recorded where several stages of the sweep want
+    the same rows and they fit, read where they are there. Results are the same to the bit on CPUs."""
+    signals_precision: SignalPrecision = "float32"
+    """``float32`` keeps the teacher's bits. ``float16`` halves recordings; all students then learn from rounded
+    signals, recorded or not, and have other keys."""
+    signals_top_k: int | None = None
+    """Keep this many of the largest logits and the level of the rest; changes results and keys, see ``signals_codec``."""
+    signals_dir: str | None = None
+    """Absolute path of a folder on a disk of each node, for recordings that are read there. By default those in a local ``storage`` are
+    used in place; for URLs and network mounts it is ``stillhouse`` in the user's cache folder."""
+    signals_gigabytes: float = 20.0
+    """How much recordings may take, in the storage and on each node. The least recently used make room."""
     prices: PriceSettings | None = None
     """What machine time costs; plans and reports then speak of money."""
     budget: BudgetSettings | None = None
@@ -171,6 +187,7 @@ class RunSettings:
             )
         if not 1 <= self.lease_seconds < math.inf:
             raise ValueError(f"lease_seconds must be finite and at least 1, got {self.lease_seconds}")
+        self._check_signals()
         if not self.storage:
             raise ValueError("storage must name a folder or URL, got ''")
         if self.budget is not None and self.budget.money is not None and self.prices is None:
@@ -187,9 +204,28 @@ class RunSettings:
         )
         return self.stages[name].over(common) if name in self.stages else common
 
+    @property
+    def signal_format(self) -> SignalFormat:
+        """How signals are kept, and thereby what students learn from."""
+        return SignalFormat(precision=self.signals_precision, top_k=self.signals_top_k)
+
     def batch_scale(self, name: str) -> int:
         """By how much batch size and learning rate of a stage are multiplied."""
         return self.for_stage(name).workers if self.batch == "scale" else 1
+
+    def _check_signals(self) -> None:
+        if self.signals_top_k is not None and self.signals_top_k < 1:
+            raise ValueError(f"signals_top_k must be at least 1, got {self.signals_top_k}")
+        if not 0 < self.signals_gigabytes < math.inf:
+            raise ValueError(f"signals_gigabytes must be finite and above 0, got {self.signals_gigabytes}")
+        if self.signals_dir is not None and not self.signals_dir.startswith(("/", "~")):
+            raise ValueError(
+                f"signals_dir must be an absolute path, the same on each node, got {self.signals_dir!r}"
+            )
+        if self.signals == "live" and not self.signal_format.is_exact:
+            raise ValueError(
+                "signals must be 'auto' or 'record' where signals_precision or signals_top_k compress them, got 'live'"
+            )
 
     def _check_workers(self) -> None:
         elastic = [self.for_stage("").min_workers]

@@ -32,6 +32,7 @@ from orchestrator.optimisation import TrainSettings
 from orchestrator.plan import PlannedStage
 from orchestrator.run_state import peak_memory_bytes
 from orchestrator.settings import Problems, parse, to_plain
+from orchestrator.signals import StageSignals
 from orchestrator.spec import RunSettings
 from orchestrator.store import Store
 from orchestrator.training import untrained
@@ -88,6 +89,8 @@ class StageRunner:
     workers: Workers = SOLO
     fence: Fence = OPEN
     """Refuses what this process would write when another has taken over its stage."""
+    shared_signals: frozenset[str] = frozenset()
+    """Recordings of teacher signals that more than one stage of the sweep wants."""
 
     def execute(self, stage: PlannedStage, report: Callable[[Row], bool | None]) -> None:
         """Train ``stage`` (from its last checkpoint, if there is one) and put its artifact into the store.
@@ -100,13 +103,15 @@ class StageRunner:
         data = self.load_data(stage.data)
         task = data.task()
         with out_of_memory_named(stage, device):
-            method = self._build(stage, task, device)
+            signals = StageSignals(stage, self.run, self.store.url, self.shared_signals, self.workers, device)
+            method = self._build(stage, task, device, signals)
             streams = data.streams(self._stream_settings(stage, device))
-            training = self._train(stage, method, streams, device, report)
+            with signals.watching(streams["training"]) as watched:
+                training = self._train(stage, method, {**streams, "training": watched}, device, report)
             method.artifact().load_state_dict(training.weights)
             test = evaluate(method, streams["test"], device=device, workers=self.workers)
         if self.workers.rank == 0:
-            self._put(stage, task, data, method, training, test, device)
+            self._put(stage, task, data, method, training, test, device, signals)
 
     def _train(
         self, stage: PlannedStage, method: Method, streams: Mapping[str, SampleStream], device: torch.device,
@@ -132,12 +137,13 @@ class StageRunner:
                 checkpoint_seconds=self.run.checkpoint_seconds,
             )
 
-    def _build(self, stage: PlannedStage, task: Any, device: torch.device) -> Method:
+    def _build(self, stage: PlannedStage, task: Any, device: torch.device, signals: StageSignals) -> Method:
         spec = stage.spec
         method_class = self.catalog.method(spec.method)
+        sources = {role: load_source(self.store, key, self.catalog) for role, key in stage.inputs.items()}
         inputs = {
-            role: load_source(self.store, key, self.catalog).teacher().to(device)
-            for role, key in stage.inputs.items()
+            role: signals.teacher(role, source, source.teacher().to(device))
+            for role, source in sources.items()
         }
         for role, teacher in inputs.items():
             if reason := method_class.teacher_refusal(teacher, task):
@@ -155,7 +161,7 @@ class StageRunner:
         return StreamSettings(
             batch_size=stage.spec.train.batch_size,
             evaluation_batch_size=EVALUATION_BATCH_SIZE,
-            seed=derive_seed(stage.seed, "data", stage.spec.method),
+            seed=data.seed_of_stream(stage.seed, stage.spec.method),
             augment=data.active_augment,
             strong=self.catalog.method(stage.spec.method).needs_strong,
             validation=data.validation,
@@ -169,7 +175,7 @@ class StageRunner:
 
     def _put(
         self, stage: PlannedStage, task: Any, data: LoadedData, method: Method, training: Training,
-        test: Mapping[str, float], device: torch.device,
+        test: Mapping[str, float], device: torch.device, signals: StageSignals,
     ) -> None:  # fmt: skip
         metrics = {**training.metrics, **{f"test_{name}": value for name, value in test.items()}}
         metrics |= best_epoch(training.history, stage.spec.train, method.evaluation_metrics[0])
@@ -180,6 +186,7 @@ class StageRunner:
             **data.described(),
             "metrics": {**metrics, "seconds": training.seconds},
             "cost": self._cost(stage, training),
+            **({"signals": told} if (told := signals.summary()) else {}),
             "placement": {
                 "host": socket.gethostname(),
                 "device": device_name(device),

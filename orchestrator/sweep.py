@@ -26,6 +26,7 @@ from orchestrator.progress import Display, make_display
 from orchestrator.result import Result
 from orchestrator.rows import CostHistory, Manifests, trial_rows
 from orchestrator.search import known_points, make_sampler
+from orchestrator.signals_plan import shared_recordings
 from orchestrator.spec import ExperimentSpec
 from orchestrator.spending import Spending
 from orchestrator.stage import StageRunner
@@ -63,6 +64,7 @@ class Sweep:
     spec: ExperimentSpec
     document_text: str = ""
     command: str = ""
+    _shared_signals: frozenset[str] = frozenset()
 
     @cached_property
     def store(self) -> Store:
@@ -130,7 +132,8 @@ class Sweep:
     def run(self, quiet: bool = False) -> Result:
         """Run what is missing, then report. The same call resumes an interrupted sweep and extends a finished one."""
         self.store.check_writable()
-        self.plan()  # finds every mistake in every point before anything starts
+        plan = self.plan()  # finds every mistake in every point before anything starts
+        self._shared_signals = shared_recordings(plan)
         endings = Endings(self.store, self.spec.search)
         mirror = Mirror(self.folder / "journal.jsonl", self.tracking_uri, self.spec.name)
         trouble = mirror.check()
@@ -208,7 +211,10 @@ class Sweep:
         from orchestrator.ray_train import StageExecute
         from orchestrator.ray_tune import SharedData, drive
 
-        stages = StageRunner(self.store, self.spec.catalog, self.spec.run, SharedData(self._load_data()))
+        stages = StageRunner(
+            self.store, self.spec.catalog, self.spec.run, SharedData(self._load_data()),
+            shared_signals=self._shared_signals,
+        )  # fmt: skip
         runner = TrialRunner(self.store, StageExecute(stages), self.spec.search.objectives, run_id)
         drive(self.planner, runner, run.dispatcher, monitor, room=room, interrupt=run.stopper.interrupt)
 

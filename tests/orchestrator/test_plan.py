@@ -147,6 +147,9 @@ teacher      supervised      tiny_cnn  1         1       0       22 trials  \u20
 └ views      angular_views   \u2013         10        0       10      20 trials  1 min 40 s   0.028 CPU-h
   └ student  angular_kd, kd  mini_cnn  22        0       22      22 trials  18 min 20 s  0.31 CPU-h
 
+Teacher signals: 2 student stages (kd) computed live: no other stage wants the same ones.
+Teacher signals: 10 views stages (angular_views) read from 1 recording, 10 stages from each, if they fit into run.signals_gigabytes and the teacher is not quicker than the disk.
+Teacher signals: 20 student stages (angular_kd) read from 2 recordings, 10 stages from each, if they fit into run.signals_gigabytes and the teacher is not quicker than the disk.
 To run: 10 views stages, 22 student stages.
 Expected cost: 20 min 00 s of training, about 20 min 00 s with 1 trial at a time.
 It holds 0.33 CPU-h.
