@@ -33,7 +33,7 @@ from orchestrator.loop import Row, Training, evaluate, train
 from orchestrator.measure import size_and_speed
 from orchestrator.optimisation import TrainSettings
 from orchestrator.plan import PlannedStage
-from orchestrator.run_state import peak_memory_bytes
+from orchestrator.run_state import is_out_of_memory, peak_memory_bytes
 from orchestrator.settings import Problems, parse, to_plain
 from orchestrator.spec import RunSettings
 from orchestrator.store import Store
@@ -279,9 +279,7 @@ def out_of_memory_named(stage: PlannedStage, device: torch.device) -> Iterator[N
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(
-            error
-        ):
+        if not is_out_of_memory(error):
             raise
         peak = peak_memory_bytes(device)
         raise OutOfMemoryError(
