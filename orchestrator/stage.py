@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from methods.base import Method, ModelSettings, Source, Task
+from methods.base import Method, ModelSettings, Source, Task, Teacher
 from methods.catalog import Catalog
 from methods.data.base import ImageData
 from methods.data.randomness import derive_seed
@@ -106,8 +106,15 @@ class StageRunner:
             method = self._build(stage, task, device)
             streams = self._streams(stage, data, device)
             training = self._train(stage, method, streams, device, report)
-            method.artifact().load_state_dict(training.weights)
-            test = evaluate(method, streams["test"], device=device, workers=self.workers)
+            self._finish(stage, task, data, method, training, streams["test"], device)
+
+    def _finish(
+        self, stage: PlannedStage, task: Task, data: ImageData, method: Method, training: Training,
+        test_stream: Stream, device: torch.device,
+    ) -> None:  # fmt: skip
+        """Look at the test split, and put the artifact into the store."""
+        method.artifact().load_state_dict(training.weights)
+        test = evaluate(method, test_stream, device=device, workers=self.workers)
         if self.workers.rank == 0:
             self._put(stage, task, data, method, training, test, device)
 
@@ -138,7 +145,7 @@ class StageRunner:
         spec = stage.spec
         method_class = self.catalog.method(spec.method)
         inputs = {
-            role: load_source(self.store, key, self.catalog).teacher().to(device)
+            role: self._teacher(load_source(self.store, key, self.catalog)).to(device)
             for role, key in stage.inputs.items()
         }
         for role, teacher in inputs.items():
@@ -153,6 +160,9 @@ class StageRunner:
         for network in (method, *(teacher.network for teacher in inputs.values())):
             network.to(memory_format=torch.channels_last)  # convolutions run about 1.5 x faster, on CPU too
         return method.to(device)
+
+    def _teacher(self, source: Source) -> Teacher:
+        return source.teacher()
 
     def _streams(self, stage: PlannedStage, data: ImageData, device: torch.device) -> dict[str, Stream]:
         settings, labels = stage.data, data.train.labels
