@@ -11,13 +11,18 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from orchestrator.errors import ConfigurationError
+from orchestrator.packing import PackPolicy, pack_signature
 from orchestrator.plan import PlannedStage, Planner, Point, Trial
 from orchestrator.search import Sampler
 
-__all__ = ["Dispatcher", "Outcome", "Status"]
+__all__ = ["ALONE", "Dispatcher", "Outcome", "Status"]
+
+ALONE = PackPolicy(size=1)
+PACK_LOOK_AHEAD = 64
+"""Among how many waiting trials companions are looked for: the driver's work stays the same for any queue."""
 
 Status = Literal["done", "stopped", "failed", "deferred"]
 
@@ -30,6 +35,13 @@ class Outcome:
     values: tuple[float, ...] = ()
     """One per objective, when done or stopped."""
     reason: str = ""
+    alone: bool = False
+    """Whether a deferred trial must not share a process when it is tried again."""
+
+    @classmethod
+    def from_plain(cls, told: Mapping[str, Any]) -> Outcome:
+        """The outcome that ``dataclasses.asdict`` made plain."""
+        return cls(**{**told, "values": tuple(told["values"])})
 
 
 @dataclass(eq=False)
@@ -50,6 +62,7 @@ class Dispatcher:
         stored: Whether the store holds a key.
         busy: Whether somebody outside of this sweep is making a key right now.
         recall: The outcome of a trial that has ended in this or an earlier run, else None.
+        packing: How many trials may share a process.
     """
 
     def __init__(
@@ -60,6 +73,7 @@ class Dispatcher:
         stored: Callable[[str], bool],
         busy: Callable[[str], bool],
         recall: Callable[[Trial], Outcome | None],
+        packing: PackPolicy = ALONE,
     ) -> None:
         self._planner = planner
         self._search = planner.spec.search
@@ -67,6 +81,9 @@ class Dispatcher:
         self._stored = stored
         self._busy = busy
         self._recall = recall
+        self._packing = packing
+        self._largest: dict[str, int] = {}
+        """Key of a trial -> how large a pack with it may be, after one that failed."""
         self._known_stored: set[str] = set()
         self._points: dict[str, _PointState] = {}
         self._users: dict[str, list[_PointState]] = {}
@@ -94,6 +111,41 @@ class Dispatcher:
                 self._running[trial.key] = trial
                 return trial
         return None
+
+    def next_pack(self, num_free_slots: int = 1) -> tuple[Trial, ...]:
+        """The next trials that one process is to train side by side: often one alone; none when none can start."""
+        first = self.next()
+        if first is None:
+            return ()
+        followers = self._followers(first, num_free_slots)
+        for trial in followers:
+            self._queue.remove(trial)
+            self._running[trial.key] = trial
+        return (first, *followers)
+
+    def _followers(self, first: Trial, num_free_slots: int) -> Sequence[Trial]:
+        """Waiting trials that could share a process with ``first``, which counts as running already."""
+        if self._packing.is_off or self._is_stored(first.key):
+            return ()
+        signature = pack_signature(first, self._is_stored)
+        if signature is None:
+            return ()
+        others = (other for key, other in self._running.items() if key != first.key)
+        in_work = {stage.key for other in others for stage in other.stages}
+        held: dict[str, bool] = {}
+        alike = [
+            trial for trial in self._queue[:PACK_LOOK_AHEAD]
+            if not self._is_stored(trial.key) and pack_signature(trial, self._is_stored) == signature
+            and self._ready(trial, in_work, held)
+        ]  # fmt: skip
+        most = self._packing.most(first, len(alike) + 1, num_free_slots)
+        most = min(most, self._largest.get(first.key, most))
+        return [trial for trial in alike if self._largest.get(trial.key, most) >= most][: most - 1]
+
+    def broke(self, pack: Sequence[Trial]) -> None:
+        """The process of a pack died: none of these trials is in one of more than half that size again."""
+        for trial in pack:
+            self._largest[trial.key] = max(1, len(pack) // 2)
 
     @property
     def finished(self) -> bool:
@@ -129,6 +181,8 @@ class Dispatcher:
     def ended(self, trial: Trial, outcome: Outcome) -> None:
         """Take in how a started trial ended."""
         self._running.pop(trial.key, None)
+        if outcome.alone:
+            self._largest[trial.key] = 1
         if outcome.status != "deferred":
             self._record(trial, outcome)
         elif not self._cancelled:

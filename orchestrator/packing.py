@@ -18,29 +18,12 @@ from orchestrator.placement import TOKEN, held_by_trial
 from orchestrator.plan import PlannedStage, Trial
 from orchestrator.spec import ExperimentSpec
 
-__all__ = ["Pack", "PackPolicy", "pack_signature", "stream_signature"]
+__all__ = ["PackPolicy", "pack_signature", "stream_signature"]
 
 MOST_TOGETHER = 8
 """Members of a pack under ``auto``: beyond that, the share of the teacher's pass that is left to save is small."""
 LEAST_SECONDS = 30.0
 """Under ``auto``, stages shorter than this are not packed: each follower costs a process of its own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pack:
-    """Trials that one process trains side by side; for the first of them it is its own process."""
-
-    name: str
-    """Unique, hexadecimal: also the key of the lease by which the followers see that the leader lives."""
-    trials: tuple[Trial, ...]
-
-    @property
-    def leader(self) -> Trial:
-        return self.trials[0]
-
-    @property
-    def followers(self) -> tuple[Trial, ...]:
-        return self.trials[1:]
 
 
 def stream_signature(stage: PlannedStage) -> str:

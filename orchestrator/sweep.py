@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 from methods.data.base import ImageData
 from orchestrator.account import Account, read_spent
 from orchestrator.cost import Spent
-from orchestrator.dispatch import Dispatcher, Outcome
+from orchestrator.dispatch import ALONE, Dispatcher, Outcome
 from orchestrator.ending import Endings
 from orchestrator.errors import ConfigurationError, StorageError
 from orchestrator.facts import data_sections, files_on_every_node, gather_facts
 from orchestrator.journal import EndStatus, Journal
 from orchestrator.keys import Facts
 from orchestrator.monitor import Monitor
+from orchestrator.packing import PackPolicy
 from orchestrator.plan import Plan, Planner, Point, Trial, make_plan
 from orchestrator.progress import Display, make_display
 from orchestrator.result import Result
@@ -34,7 +35,7 @@ from orchestrator.store import Store
 from orchestrator.sweep_log import SweepLog
 from orchestrator.tracking import Mirror, ui_command
 from orchestrator.tracking_uri import absolute
-from orchestrator.trial import TrialRunner
+from orchestrator.trial_pack import PackRunner
 
 if TYPE_CHECKING:
     from orchestrator.preflight import Preflight
@@ -166,8 +167,8 @@ class Sweep:
             ) from error
 
     def _drive(self, endings: Endings, log: SweepLog, display: Display, run_id: str) -> _Run:
-        dispatcher = self._dispatcher(endings.recall)
         costs = CostHistory(self.store)
+        dispatcher = self._dispatcher(endings.recall, PackPolicy.of(self.spec, costs.seconds))
         spending = Spending(Account(self.store, self.spec.name, run_id), self.spec.run)
         run = _Run(dispatcher, spending, Stopper(dispatcher, self.store, display, run_id))
         if not dispatcher.finished and (limits := spending.exceeded()):
@@ -209,7 +210,10 @@ class Sweep:
         from orchestrator.ray_tune import SharedData, drive
 
         stages = StageRunner(self.store, self.spec.catalog, self.spec.run, SharedData(self._load_data()))
-        runner = TrialRunner(self.store, StageExecute(stages), self.spec.search.objectives, run_id)
+        execute = StageExecute(stages)
+        runner = PackRunner(
+            self.store, execute, self.spec.search.objectives, run_id, execute_all=execute.together
+        )
         drive(self.planner, runner, run.dispatcher, monitor, room=room, interrupt=run.stopper.interrupt)
 
     def _load_data(self) -> Iterator[tuple[str, ImageData]]:
@@ -220,13 +224,16 @@ class Sweep:
             except (OSError, ValueError) as error:
                 raise ConfigurationError(f"data {section.dataset}: {error}") from error
 
-    def _dispatcher(self, recall: Callable[[Trial], Outcome | None]) -> Dispatcher:
+    def _dispatcher(
+        self, recall: Callable[[Trial], Outcome | None], packing: PackPolicy = ALONE
+    ) -> Dispatcher:
         return Dispatcher(
             self.planner,
             make_sampler(self.spec.search),
             stored=self.store.has,
             busy=lambda key: self.store.holder(key) is not None,
             recall=recall,
+            packing=packing,
         )
 
     def _result_of(self, run: _Run) -> Result:
