@@ -230,18 +230,21 @@ class DispatchSearcher(Searcher):
 
     def died(self, trial_id: str, text: str) -> None:
         """A trial's process ended without an outcome; ``text`` is Ray's word on it."""
+        is_packed = trial_id in self._packs or trial_id in self._following
         if trial_id in self._packs:
             self._dispatcher.broke(self._packs[trial_id].trials)
         trial = self._forget(trial_id)
         if trial is None:
             return
         kind, (reason, peak) = kind_of_death(text), death_text(hide(text))
-        is_lighter = kind == "memory" and self._recovery.lighten(trial, reason, peak)
+        # A pack comes back in halves, and a follower trains nothing: neither says anything about the trial's stage.
+        is_lighter = kind == "memory" and (is_packed or self._recovery.lighten(trial, reason, peak))
         now = self._recovery.clock()
         decision = self._recovery.attempts.decide(trial.key, kind, now, is_lighter=is_lighter)
         if decision.again:
             self._paused.append((now + decision.pause_seconds, trial))
-            self._listener.trial_returned(trial, f"{reason}; {decision.text}")
+            text = "tried again in a smaller pack" if is_lighter and is_packed else decision.text
+            self._listener.trial_returned(trial, f"{reason}; {text}")
         else:
             tail = f" ({decision.text})" if decision.text else ""
             self._take_in(trial, Outcome(status="failed", reason=f"{reason}{tail}"))

@@ -168,7 +168,12 @@ class Sweep:
 
     def _drive(self, endings: Endings, log: SweepLog, display: Display, run_id: str) -> _Run:
         costs = CostHistory(self.store)
-        dispatcher = self._dispatcher(endings.recall, PackPolicy.of(self.spec, costs.seconds))
+        packing = PackPolicy.of(self.spec, costs.seconds)
+        if packing.is_off and self.spec.run.pack_size not in (1, "auto"):
+            display.event(
+                f"run.pack is {self.spec.run.pack}, but trials train alone: all stages need one worker and the same resources"
+            )
+        dispatcher = self._dispatcher(endings.recall, packing)
         spending = Spending(Account(self.store, self.spec.name, run_id), self.spec.run)
         run = _Run(dispatcher, spending, Stopper(dispatcher, self.store, display, run_id))
         if not dispatcher.finished and (limits := spending.exceeded()):

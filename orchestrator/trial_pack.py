@@ -6,6 +6,7 @@ micro-batches, a storage that failed) is left to the trial when it runs alone: i
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,8 @@ from orchestrator.training import Observer, Row, StopTraining
 from orchestrator.trial import BusyElsewhereError, TrialRunner, failure_path, objective_values
 
 __all__ = ["ExecuteAll", "PackRunner", "StageReport"]
+
+logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.4
 LOOKS_BETWEEN_SIGNS = 8
@@ -178,12 +181,22 @@ class _Pack:
                     reports.append((stage, self._observer(stage, lease)))
             if not reports:
                 return
-            assert self._runner.execute_all is not None
             started = time.time()
-            failures = self._runner.execute_all(reports)
+            failures = self._together(reports)
             seconds = (time.time() - started) / len(reports)
             for (stage, _), failure in zip(reports, failures, strict=True):
                 self._take_in(stage, failure, seconds)
+
+    def _together(self, reports: Sequence[StageReport]) -> list[Exception | None]:
+        """Trouble of the pack as a whole is no stage's own failure: each is left to itself."""
+        assert self._runner.execute_all is not None
+        try:
+            return self._runner.execute_all(reports)
+        except StopTraining as stopped:
+            return [stopped] * len(reports)
+        except Exception as error:
+            logger.warning("a pack of %d trials cannot be trained", len(reports), exc_info=error)
+            return [StorageError(f"its pack could not be trained: {error}")] * len(reports)
 
     def _begin(self, stage: PlannedStage) -> Lease:
         """The lease of a stage that may be trained beside others; raises where it may not."""
