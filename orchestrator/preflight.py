@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Preflight", "run_preflight"]
 
-NODE_SECONDS = 60.0
+NODE_SECONDS = 180.0
 """How long a node may take to answer the first question: it may have to start a process and fetch the job's files."""
 DRIVER = "driver"
 

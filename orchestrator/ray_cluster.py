@@ -14,6 +14,7 @@ from ray.experimental import internal_kv
 
 from orchestrator.capacity import Cluster, Node, Waiting, WaitState
 from orchestrator.errors import ConfigurationError
+from orchestrator.ray_reservations import give_up_reservations_of_the_dead
 
 __all__ = ["ClusterView", "Room", "fully_grown", "is_scaled"]
 
@@ -67,6 +68,7 @@ class Room:
         """How many trials may be under way, and what is waited for. ``is_running``: some trial is at work."""
         now = time.monotonic()
         if now - self._looked >= LOOK_SECONDS:
+            give_up_reservations_of_the_dead()
             cluster = self._view.look()
             self.grows = cluster.grows
             self._state = self._waiting.look(cluster, now, is_running=is_running)

@@ -21,6 +21,8 @@ from ray.exceptions import OutOfMemoryError as KilledForMemoryError
 from ray.exceptions import RayError, RayTaskError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import RunningState, TrainControllerState
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.errors import OutOfMemoryError, StillhouseError
@@ -211,11 +213,23 @@ class StageExecute:
 
 
 class _Trainer(TorchTrainer):
-    """Ray's trainer without what we do not use: each group starts one process less."""
+    """Ray's trainer without what we do not use, each group starts one process less; and with patience."""
 
     def _create_default_callbacks(self) -> list[Any]:
         made = super()._create_default_callbacks()
-        return [callback for callback in made if type(callback).__name__ not in UNUSED_CALLBACKS]
+        used = [callback for callback in made if type(callback).__name__ not in UNUSED_CALLBACKS]
+        return [*used, _Patience()]
+
+
+class _Patience(ControllerCallback):
+    """Lets a controller that waits for room rest between two looks; by itself it takes a whole CPU for asking."""
+
+    def after_controller_state_update(
+        self, previous_state: TrainControllerState, current_state: TrainControllerState
+    ) -> None:
+        is_waiting = type(previous_state) is type(current_state)
+        if is_waiting and not isinstance(current_state, RunningState):
+            time.sleep(LOOK_SECONDS)
 
 
 class _Job(threading.Thread):

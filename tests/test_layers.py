@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 40
 RAY = {
     *("orchestrator/ray_tune.py", "orchestrator/ray_train.py", "orchestrator/group_failures.py"),
     *("orchestrator/ray_search.py", "orchestrator/ray_cluster.py"),
-    *("orchestrator/ray_nodes.py", "orchestrator/ray_preflight.py"),
+    *("orchestrator/ray_nodes.py", "orchestrator/ray_preflight.py", "orchestrator/ray_reservations.py"),
     *("orchestrator/submit.py", "orchestrator/submit_jobs.py"),
 }
 MLFLOW = {"orchestrator/tracking.py"}

@@ -10,8 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from chaos import Sweep, disturb_network, drawn_kinds, everything_is_returned, make_faults
-from chaos_checks import check_losses, check_results, check_tracking
+from chaos import Sweep, disturb_network, drawn_kinds, make_faults
+from chaos_checks import check_losses, check_results, check_tracking, everything_is_returned
 from chaos_cluster import EVERY_HOST, Cluster
 from chaos_report import markdown
 from hosts import make_hosts

@@ -205,7 +205,7 @@ def test_a_report_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
         (["export", "abcd"], "--storage: 'runs' is not a folder"),
         (["show", "abcd", "--storage", "."], "no artifact in"),
         (["show", "xyz", "--storage", "."], "the start of a key is lower-case hexadecimal, got 'xyz'"),
-        (["methods", "kdd"], "'kdd' is not a method; did you mean 'kd'?"),
+        (["methods", "kdd"], "'kdd' is not a method; did you mean 'kd'"),
         (
             ["status", "--address", "ray://127.0.0.1:1"],
             "--address: 'ray://127.0.0.1:1' is not the http address",

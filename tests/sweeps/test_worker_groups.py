@@ -16,7 +16,7 @@ import ray
 import torch
 import torch.distributed as dist
 from ray.cluster_utils import Cluster
-from ray.util import placement_group_table
+from ray.util import placement_group, placement_group_table, remove_placement_group
 from safetensors.torch import load
 
 from methods import Batch, Loss, Step
@@ -25,6 +25,7 @@ from methods.supervised import NetworkMethod
 from orchestrator import Experiment, grid
 from orchestrator.errors import DivergedError
 from orchestrator.plan import PlannedStage, Point
+from orchestrator.ray_reservations import give_up_reservations_of_the_dead
 from orchestrator.ray_train import StageExecute
 from orchestrator.ray_tune import connect, ship_by_value
 from orchestrator.result import Result
@@ -230,6 +231,33 @@ def test_diverged_on_two_workers_is_told_once(cluster: Cluster, tmp_path: Path) 
     with pytest.raises(DivergedError, match="training diverged in epoch 1"):
         execute(stage, lambda row: None)
     assert not store.has(stage.key)
+
+
+@ray.remote(num_cpus=0)
+class Reserver:
+    """Reserves a CPU, as the controller of a group does, and may die before it uses it."""
+
+    def reserve(self) -> str:
+        group = placement_group([{"CPU": 1.0}])
+        assert group.wait(30)
+        return str(group.id.hex())
+
+
+def test_reservations_of_the_dead_are_given_up(cluster: Cluster) -> None:
+    """Ray keeps them until the whole job ends: a killed controller would take its CPUs out of the sweep."""
+    living, doomed = Reserver.remote(), Reserver.remote()
+    kept, lost = ray.get([living.reserve.remote(), doomed.reserve.remote()])
+    own = placement_group([{"memory": 1.0}])
+    assert own.wait(30)
+    assert give_up_reservations_of_the_dead() == 0
+    ray.kill(doomed)
+    assert wait_for(give_up_reservations_of_the_dead) == 1
+    wait_for(lambda: placement_group_table()[lost]["state"] == "REMOVED")
+    assert [placement_group_table()[id]["state"] for id in (kept, own.id.hex())] == ["CREATED", "CREATED"]
+    ray.kill(living)
+    assert wait_for(give_up_reservations_of_the_dead) == 1
+    remove_placement_group(own)
+    wait_for(lambda: free_cpus() == 2.0)
 
 
 def test_lost_node_shrinks_an_elastic_group(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,0 +1,20 @@
+"""What holds for every test: its Ray keeps to itself, whatever other clusters this machine runs."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_ray_folder() -> Iterator[None]:
+    """A folder of this test process for Ray's sessions, and for its note of the cluster that was started last."""
+    folder = tempfile.mkdtemp(prefix="sh-")  # a short path: sockets lie in it
+    with pytest.MonkeyPatch.context() as monkey:
+        monkey.setenv("RAY_TMPDIR", folder)
+        monkey.delenv("RAY_ADDRESS", raising=False)
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
