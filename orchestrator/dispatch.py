@@ -125,7 +125,8 @@ class Dispatcher:
 
     def _followers(self, first: Trial, num_free_slots: int) -> Sequence[Trial]:
         """Waiting trials that could share a process with ``first``, which counts as running already."""
-        if self._packing.is_off or self._is_stored(first.key):
+        most = self._packing.most(first, PACK_LOOK_AHEAD, num_free_slots)
+        if min(most, self._largest.get(first.key, most)) < 2 or self._is_stored(first.key):
             return ()
         signature = pack_signature(first, self._is_stored)
         if signature is None:
