@@ -14,10 +14,9 @@ Measured on two shared cores of an x86-64 server, one thread, under heavy other 
            2     146.3    124.3       201.2        1.18           0.73
            4     149.4    102.6       189.1        1.46           0.79
 
-One student is the same work twice, so 0.87 is the noise of that run. With T for the teacher's pass and S for the
-student's step the loop should come to T / K + S: 1.48 at K = 4 by this run's own T = 65 and S = 85. Stacking costs more
-than it saves on a CPU: a batched convolution with different weights for each student becomes a grouped one, whose
-backward pass is slow. It would also round differently. Hence the loop.
+One student is the same work in both of the first arms, so 0.87 is how noisy that run was. Alone, every student pays for
+the teacher's pass; in the loop K share it. Stacking costs more than it saves on a CPU, where convolutions with other
+weights for each student become grouped ones, and it rounds differently. Hence the loop.
 """
 
 from __future__ import annotations
