@@ -9,17 +9,23 @@ best points on more seeds in the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import islice
+from typing import Any, Literal
 
 from orchestrator.errors import ConfigurationError
+from orchestrator.packing import PackPolicy, pack_signature
 from orchestrator.plan import PlannedStage, Planner, Point, Trial
 from orchestrator.search import Sampler
 from orchestrator.tally import StageTally
 from orchestrator.trial_queue import TrialQueue
 
-__all__ = ["Dispatcher", "Outcome", "Status"]
+__all__ = ["ALONE", "Dispatcher", "Outcome", "Status"]
+
+ALONE = PackPolicy(size=1)
+PACK_LOOK_AHEAD = 64
+"""Among how many waiting trials companions are looked for: the driver's work stays the same for any queue."""
 
 Status = Literal["done", "stopped", "failed", "deferred"]
 
@@ -32,6 +38,13 @@ class Outcome:
     values: tuple[float, ...] = ()
     """One per objective, when done or stopped."""
     reason: str = ""
+    alone: bool = False
+    """Whether a deferred trial must not share a process when it is tried again."""
+
+    @classmethod
+    def from_plain(cls, told: Mapping[str, Any]) -> Outcome:
+        """The outcome that ``dataclasses.asdict`` made plain."""
+        return cls(**{**told, "values": tuple(told["values"])})
 
 
 @dataclass(eq=False)
@@ -53,6 +66,7 @@ class Dispatcher:
         busy: Whether somebody outside of this sweep is making a key right now.
         recall: The outcome of a trial that has ended in this or an earlier run, else None.
         seconds: What a stage is expected to take, or None: long stages that many wait for are begun first.
+        packing: How many trials may share a process.
     """
 
     def __init__(
@@ -64,6 +78,7 @@ class Dispatcher:
         busy: Callable[[str], bool],
         recall: Callable[[Trial], Outcome | None],
         seconds: Callable[[PlannedStage], float | None] = lambda stage: None,
+        packing: PackPolicy = ALONE,
     ) -> None:
         self._planner = planner
         self._search = planner.spec.search
@@ -71,6 +86,9 @@ class Dispatcher:
         self._stored = stored
         self._busy = busy
         self._recall = recall
+        self._packing = packing
+        self._largest: dict[str, int] = {}
+        """Key of a trial -> how large a pack with it may be, after one that failed."""
         self._known_stored: set[str] = set()
         self._points: dict[str, _PointState] = {}
         self._users: dict[str, list[_PointState]] = {}
@@ -94,15 +112,7 @@ class Dispatcher:
     def next(self) -> Trial | None:
         """The next trial that can start now; None when none can (see ``finished``)."""
         self.draw()
-        in_work = {stage.key for other in self._running.values() for stage in other.stages}
-        looked: dict[str, bool] = {}  # each key is looked at once, however many trials wait for it
-
-        def holds(key: str) -> bool:
-            """Whether somebody is making ``key``, here or elsewhere."""
-            if key not in looked:
-                looked[key] = not self._is_stored(key) and (key in in_work or self._busy(key))
-            return looked[key]
-
+        holds = self._holds(self._running.values())
         trial = self._queue.take(
             held_by=lambda trial: next((stage.key for stage in trial.stages if holds(stage.key)), None),
             is_free=lambda key: not holds(key),
@@ -110,6 +120,52 @@ class Dispatcher:
         if trial is not None:
             self._running[trial.key] = trial
         return trial
+
+    def next_pack(self, num_free_slots: int = 1) -> tuple[Trial, ...]:
+        """The next trials that one process is to train side by side: often one alone; none when none can start."""
+        first = self.next()
+        if first is None:
+            return ()
+        followers = self._followers(first, num_free_slots)
+        for trial in followers:
+            self._queue.remove(trial)
+            self._running[trial.key] = trial
+        return (first, *followers)
+
+    def _followers(self, first: Trial, num_free_slots: int) -> Sequence[Trial]:
+        """Waiting trials that could share a process with ``first``, which counts as running already."""
+        most = self._packing.most(first, PACK_LOOK_AHEAD, num_free_slots)
+        if min(most, self._largest.get(first.key, most)) < 2 or self._is_stored(first.key):
+            return ()
+        signature = pack_signature(first, self._is_stored)
+        if signature is None:
+            return ()
+        holds = self._holds(other for key, other in self._running.items() if key != first.key)
+        alike = [
+            trial for trial in islice(self._queue, PACK_LOOK_AHEAD)
+            if not self._is_stored(trial.key) and pack_signature(trial, self._is_stored) == signature
+            and not any(holds(stage.key) for stage in trial.stages)
+        ]  # fmt: skip
+        most = self._packing.most(first, len(alike) + 1, num_free_slots)
+        most = min(most, self._largest.get(first.key, most))
+        return [trial for trial in alike if self._largest.get(trial.key, most) >= most][: most - 1]
+
+    def _holds(self, others: Iterable[Trial]) -> Callable[[str], bool]:
+        """Whether somebody is making a key, here (one of ``others``) or elsewhere. Each key is looked at once."""
+        in_work = {stage.key for other in others for stage in other.stages}
+        looked: dict[str, bool] = {}
+
+        def holds(key: str) -> bool:
+            if key not in looked:
+                looked[key] = not self._is_stored(key) and (key in in_work or self._busy(key))
+            return looked[key]
+
+        return holds
+
+    def broke(self, pack: Sequence[Trial]) -> None:
+        """The process of a pack died: none of these trials is in one of more than half that size again."""
+        for trial in pack:
+            self._largest[trial.key] = max(1, len(pack) // 2)
 
     @property
     def finished(self) -> bool:
@@ -149,6 +205,8 @@ class Dispatcher:
     def ended(self, trial: Trial, outcome: Outcome) -> None:
         """Take in how a started trial ended."""
         self._running.pop(trial.key, None)
+        if outcome.alone:
+            self._largest[trial.key] = 1
         if outcome.status != "deferred":
             self._record(trial, outcome)
         elif not self._cancelled:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from methods.base import AnyBatch, Method
 from orchestrator.errors import ConfigurationError
 from orchestrator.evaluation import Evaluation, evaluate
-from orchestrator.lockstep import Lockstep, Member, Need, Steps
+from orchestrator.lockstep import Lockstep, Member, Need, Served, Steps
 from orchestrator.optimisation import PRECISIONS, TrainSettings, learning_rate_factor
 from orchestrator.run_state import RunState
 from orchestrator.training import (
@@ -36,7 +36,7 @@ from orchestrator.training import (
 )
 from orchestrator.workers import SOLO, Workers
 
-__all__ = ["CheckpointSlot", "Row", "StopTraining", "Training", "evaluate", "train"]
+__all__ = ["CheckpointSlot", "Row", "StopTraining", "Training", "begin", "evaluate", "train"]
 
 STEPS_BETWEEN_LOOKS = 20
 """How often several workers agree on a checkpoint, and a GPU is asked whether its steps were finite."""
@@ -76,11 +76,47 @@ def train(
         DivergedError: Loss or gradient left the finite numbers; no weight has.
         StopTraining: ``observe`` asked for it.
     """
-    _refuse_misfit(method, settings, training, validation is not None)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    member = begin(
+        method,
+        settings=settings,
+        training=training,
+        validation=validation,
+        seed=seed,
+        device=device,
+        workers=workers,
+        checkpoints=checkpoints,
+        observe=observe,
+        checkpoint_seconds=checkpoint_seconds,
+        clock=clock,
+    )
+    Lockstep([member], training=training, validation=validation, device=device).run()
+    if isinstance(member.result, Exception):
+        raise member.result
+    assert member.result is not None
+    return member.result
+
+
+def begin(
+    method: Method,
+    *,
+    settings: TrainSettings,
+    training: BatchStream,
+    validation: BatchStream | None,
+    seed: int,
+    device: torch.device,
+    workers: Workers = SOLO,
+    checkpoints: CheckpointSlot | None = None,
+    observe: Observer = ignore,
+    checkpoint_seconds: float = 30.0,
+    **clocks: Clock,
+) -> Member:
+    """A run that is ready to be advanced, alone or beside others: see ``train``; ``clocks`` as for ``RunState``."""
+    _refuse_misfit(method, settings, training, validation is not None)
+    clocks = {"clock": time.monotonic, **clocks}
     run = _Run(
-        RunState(method, settings, device=device, workers=workers, clock=clock),
+        RunState(method, settings, device=device, workers=workers, **clocks),
         settings,
         training=training,
         validation=validation,
@@ -88,12 +124,8 @@ def train(
         observe=observe,
         checkpoint_seconds=checkpoint_seconds,
     )
-    member = Member(run.steps(), seed=(seed + workers.rank * 0x9E3779B97F4A7C15) % 2**63)
-    Lockstep([member], training=training, validation=validation, device=device).run()
-    if isinstance(member.result, Exception):
-        raise member.result
-    assert member.result is not None
-    return member.result
+    worker_seed = (seed + workers.rank * 0x9E3779B97F4A7C15) % 2**63
+    return Member(run.steps(), seed=worker_seed, save=run.save)
 
 
 class _Objective(nn.Module):
@@ -148,11 +180,11 @@ class _Run:
             self._show(state.history[-1], is_saved)
         return (yield from self._result())
 
-    def _train_epoch(self) -> Generator[Need, AnyBatch | None, None]:
+    def _train_epoch(self) -> Generator[Need, Served | None, None]:
         state, num_batches = self.state, self.training.num_batches
         self.method.train()
-        while (batch := (yield Need(state.epoch, False, state.position))) is not None:
-            values = self._step(batch)
+        while (served := (yield Need(state.epoch, False, state.position))) is not None:
+            values = self._step(served)
             state.position += 1
             is_last = state.position == num_batches
             is_look = is_last or state.position % STEPS_BETWEEN_LOOKS == 0
@@ -165,11 +197,11 @@ class _Run:
         if state.position != num_batches:
             raise RuntimeError(f"the stream gave {state.position} batches of {num_batches}")
 
-    def _step(self, batch: AnyBatch) -> Tensor:
+    def _step(self, served: Served) -> Tensor:
         """One optimizer step; gives the values of the last micro-batch."""
         state, stream = self.state, self.training
         num_rows = min(stream.batch_size, stream.num_samples - state.position * stream.batch_size)
-        micro_batches = _split(batch, self.settings.accumulate, num_rows // self.workers.size)
+        micro_batches = served.split(self.settings.accumulate, num_rows // self.workers.size)
         totals = []
         for micro in micro_batches:
             share = len(micro.indices) * self.workers.size / num_rows
@@ -190,7 +222,7 @@ class _Run:
         precision = PRECISIONS[self.settings.precision]
         return nullcontext() if precision is torch.float32 else torch.autocast(self.device.type, precision)
 
-    def _finish_epoch(self) -> Generator[Need, AnyBatch | None, None]:
+    def _finish_epoch(self) -> Generator[Need, Served | None, None]:
         """Add the row of this epoch, evaluated where that is due, and keep its weights if they are the best."""
         state, settings = self.state, self.settings
         means = state.finish_epoch()
@@ -204,10 +236,10 @@ class _Run:
                     state.best = {"row": row, "weights": self._artifact_weights()}
         state.history.append(row)
 
-    def _evaluate(self) -> Generator[Need, AnyBatch | None, Row]:
+    def _evaluate(self) -> Generator[Need, Served | None, Row]:
         evaluation, position = Evaluation(self.method, device=self.device, workers=self.workers), 0
-        while (batch := (yield Need(self.state.epoch - 1, True, position))) is not None:
-            evaluation.add(batch)
+        while (served := (yield Need(self.state.epoch - 1, True, position))) is not None:
+            evaluation.add(served.batch)
             position += 1
         return evaluation.metrics()
 
@@ -241,7 +273,7 @@ class _Run:
             raise
         if self.workers.broadcast_flag(is_stopped):
             if self.workers.broadcast_flag(not is_saved and self.slot is not None):
-                self._save()
+                self.save()
             raise StopTraining(f"stopped after epoch {epoch} of {num_epochs}: the observer said so")
 
     def _save_when_due(self) -> bool:
@@ -249,10 +281,11 @@ class _Run:
         interval = checkpoint_interval(self.slot, self.checkpoint_seconds)
         is_due = self.state.clock() - self.saved_at >= interval
         if is_due := self.workers.broadcast_flag(is_due):
-            self._save()
+            self.save()
         return is_due
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Keep the state as the latest checkpoint. Only between two steps."""
         tree = self.state.tree()
         if self.workers.rank == 0 and self.slot is not None:
             self.slot.save(tree)
@@ -276,16 +309,6 @@ class _Run:
             peak_memory_bytes=state.peak_memory_bytes,
             resumed_epochs=state.resumed_epochs,
         )
-
-
-def _split(batch: AnyBatch, num_parts: int, num_rows: int) -> list[AnyBatch]:
-    """Micro-batches of two rows or more (batch norm), as many on every worker: by ``num_rows`` of the smallest share."""
-    num_parts = max(1, min(num_parts, num_rows // 2))
-    if num_parts == 1:
-        return [batch]
-    present = [name for name, value in zip(batch._fields, batch, strict=True) if isinstance(value, Tensor)]
-    columns = (getattr(batch, name).tensor_split(num_parts) for name in present)
-    return [batch._replace(**dict(zip(present, parts, strict=True))) for parts in zip(*columns, strict=True)]
 
 
 def _refuse_misfit(

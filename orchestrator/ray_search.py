@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from ray.tune.search import Searcher
 from orchestrator.capacity import WaitState
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.loop import Row
-from orchestrator.placement import held_by_trial
+from orchestrator.placement import TOKEN, held_by_trial
 from orchestrator.plan import Trial
 from orchestrator.retry import Attempts, death_text, kind_of_death
 from orchestrator.secrecy import hide
@@ -27,8 +28,10 @@ from orchestrator.spec import ExperimentSpec
 
 __all__ = [
     "HOLDS",
+    "LEADS",
     "OBJECTIVE",
     "OUTCOME",
+    "PACK",
     "ROW",
     "DispatchSearcher",
     "GaveUp",
@@ -39,6 +42,10 @@ __all__ = [
 
 HOLDS = "holds"
 """What a trial holds while it runs, in Ray's names."""
+PACK = "pack"
+"""Name of the pack that a trial belongs to."""
+LEADS = "leads"
+"""The points of the others, for the trial that leads the pack."""
 OBJECTIVE = "objective"
 """What the scheduler compares: the first objective's metric."""
 ROW = "row"
@@ -84,6 +91,24 @@ class Recovery:
     clock: Callable[[], float] = field(default=time.monotonic)
 
 
+@dataclass(eq=False)
+class PackUnderWay:
+    """A pack whose leader was given to Tune. Its followers are given out when the leader has its place."""
+
+    name: str
+    trials: Sequence[Trial]
+    is_placed: bool = False
+    waiting: list[Trial] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.waiting = list(self.trials[1:])
+
+
+def choice_of(trial: Trial) -> dict[str, Any]:
+    """What a trial's process needs to plan it again."""
+    return {"values": dict(trial.point.values), "label": trial.point.label, "seed": trial.seed}
+
+
 class DispatchSearcher(Searcher):
     """Gives Tune the dispatcher's trials, as many at a time as there is room for."""
 
@@ -100,6 +125,9 @@ class DispatchSearcher(Searcher):
         """Trials without a process yet -> when they were given to Tune."""
         self._paused: list[tuple[float, Trial]] = []
         self._last_rows: dict[str, Row] = {}
+        self._packs: dict[str, PackUnderWay] = {}
+        """By the trial that leads each."""
+        self._following: set[str] = set()
         self.gave_up = False
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -108,21 +136,42 @@ class DispatchSearcher(Searcher):
         if not self._trials and self._dispatcher.finished:  # also where there is no room for any more
             finished: str = Searcher.FINISHED
             return finished
-        trial = self._dispatcher.next() if len(self._trials) < room.slots else None
-        if trial is None:
+        if (follower := self._next_follower()) is not None:
+            pack, trial = follower
+            self._following.add(trial_id)
+            return {**self._begin(trial_id, trial), HOLDS: dict(TOKEN), PACK: pack.name}
+        num_free = room.slots - (len(self._trials) - len(self._following))
+        trials = self._dispatcher.next_pack(num_free) if num_free > 0 else ()
+        if not trials:
             return None
-        self._trials[trial_id] = trial
-        self._asked[trial_id] = self._recovery.clock()
-        self._listener.trial_started(trial)
         # Of the whole experiment, not of what this trial lacks: Tune keeps an idle trial's process, with all that it
         # holds, and where trials hold different things a group of workers would wait for that for ever.
         stages = self._spec.workers(self._spec.stage_names)
-        return {
-            "values": dict(trial.point.values),
-            "label": trial.point.label,
-            "seed": trial.seed,
-            HOLDS: held_by_trial(stages),
-        }
+        config = {**self._begin(trial_id, trials[0]), HOLDS: held_by_trial(stages)}
+        if len(trials) == 1:
+            return config
+        pack = self._packs[trial_id] = PackUnderWay(uuid.uuid4().hex, trials)
+        return {**config, PACK: pack.name, LEADS: [choice_of(trial) for trial in trials[1:]]}
+
+    def _begin(self, trial_id: str, trial: Trial) -> dict[str, Any]:
+        self._trials[trial_id] = trial
+        self._asked[trial_id] = self._recovery.clock()
+        self._listener.trial_started(trial)
+        return choice_of(trial)
+
+    def _next_follower(self) -> tuple[PackUnderWay, Trial] | None:
+        """One whose leader has its place; none are started any more once the run is to stop."""
+        for pack in self._packs.values():
+            if self._dispatcher.cancelled:
+                self._give_back(pack)
+            elif pack.is_placed and pack.waiting:
+                return pack, pack.waiting.pop(0)
+        return None
+
+    def _give_back(self, pack: PackUnderWay) -> None:
+        """Followers that were never started wait again."""
+        while pack.waiting:
+            self._dispatcher.ended(pack.waiting.pop(0), Outcome(status="deferred"))
 
     def look_around(self) -> WaitState:
         """Hand back what has paused long enough, and see what there is room for. Gives up when that is hopeless."""
@@ -157,7 +206,9 @@ class DispatchSearcher(Searcher):
     def placed(self, trial_id: str) -> None:
         """The trial has a process."""
         self._asked.pop(trial_id, None)
-        if trial_id in self._trials:
+        if trial_id in self._packs:
+            self._packs[trial_id].is_placed = True
+        if trial_id in self._trials and trial_id not in self._following:  # a follower holds nothing
             self._listener.trial_placed(self._trials[trial_id])
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -179,16 +230,21 @@ class DispatchSearcher(Searcher):
 
     def died(self, trial_id: str, text: str) -> None:
         """A trial's process ended without an outcome; ``text`` is Ray's word on it."""
+        is_packed = trial_id in self._packs or trial_id in self._following
+        if trial_id in self._packs:
+            self._dispatcher.broke(self._packs[trial_id].trials)
         trial = self._forget(trial_id)
         if trial is None:
             return
         kind, (reason, peak) = kind_of_death(text), death_text(hide(text))
-        is_lighter = kind == "memory" and self._recovery.lighten(trial, reason, peak)
+        # A pack comes back in halves, and a follower trains nothing: neither says anything about the trial's stage.
+        is_lighter = kind == "memory" and (is_packed or self._recovery.lighten(trial, reason, peak))
         now = self._recovery.clock()
         decision = self._recovery.attempts.decide(trial.key, kind, now, is_lighter=is_lighter)
         if decision.again:
             self._paused.append((now + decision.pause_seconds, trial))
-            self._listener.trial_returned(trial, f"{reason}; {decision.text}")
+            text = "tried again in a smaller pack" if is_lighter and is_packed else decision.text
+            self._listener.trial_returned(trial, f"{reason}; {text}")
         else:
             tail = f" ({decision.text})" if decision.text else ""
             self._take_in(trial, Outcome(status="failed", reason=f"{reason}{tail}"))
@@ -201,6 +257,9 @@ class DispatchSearcher(Searcher):
     def _forget(self, trial_id: str) -> Trial | None:
         self._last_rows.pop(trial_id, None)
         self._asked.pop(trial_id, None)
+        self._following.discard(trial_id)
+        if trial_id in self._packs:
+            self._give_back(self._packs.pop(trial_id))
         return self._trials.pop(trial_id, None)
 
     def _take_in(self, trial: Trial, outcome: Outcome) -> None:
@@ -220,8 +279,7 @@ class DispatchSearcher(Searcher):
 
 def _outcome(result: Mapping[str, Any], row: Row | None) -> Outcome:
     if OUTCOME in result:
-        told = json.loads(result[OUTCOME])
-        return Outcome(status=told["status"], values=tuple(told["values"]), reason=told["reason"])
+        return Outcome.from_plain(json.loads(result[OUTCOME]))
     if row is None:
         return Outcome(status="failed", reason="the trial ended without a result")
     return Outcome(

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +33,9 @@ from orchestrator.placement import WorkerSettings
 from orchestrator.plan import PlannedStage
 from orchestrator.secrecy import hide_in_logs
 from orchestrator.stage import StageRunner
+from orchestrator.stage_pack import StageJob, StagePack
+from orchestrator.training import Observer
+from orchestrator.trial_pack import StageReport
 from orchestrator.workers import SOLO, TorchWorkers, Workers
 
 __all__ = ["StageExecute"]
@@ -85,6 +88,38 @@ class StageExecute:
             raise StopTraining(f"stage {stage.name} needs other resources than this trial holds: {held}")
         else:
             self._delegate(stage, report, wanted, fence)
+
+    def together(self, reports: Sequence[StageReport]) -> list[Exception | None]:
+        """Train stages side by side in this process; gives for each why it is not finished, or None.
+
+        Raises:
+            StopTraining: This process does not hold what they need.
+        """
+        first = reports[0][0]
+        if not self.stages.catalog.method(
+            first.spec.method
+        ).trains:  # nothing is gained by making it side by side
+            return [self._failure(stage, report) for stage, report in reports]
+        wanted, held = self.stages.run.for_stage(first.name), _held_resources()
+        if not wanted.is_alone or not _covers(held, wanted.resources):
+            raise StopTraining(f"stages {first.name} need other resources than this trial holds: {held}")
+        failures: dict[str, Exception | None] = {}
+        jobs = []
+        for stage, report in reports:
+            try:
+                jobs.append(StageJob(stage=stage, report=report, fence=self._fence(stage)))
+            except StopTraining as taken_over:
+                failures[stage.key] = taken_over
+        found = StagePack.of(self.stages).execute_all(jobs) if jobs else []
+        failures |= {job.stage.key: failure for job, failure in zip(jobs, found, strict=True)}
+        return [failures[stage.key] for stage, _ in reports]
+
+    def _failure(self, stage: PlannedStage, report: Observer) -> Exception | None:
+        try:
+            self(stage, report)
+        except Exception as error:
+            return error
+        return None
 
     def _fence(self, stage: PlannedStage) -> LeaseFence:
         """For the lease that this process holds on the stage."""

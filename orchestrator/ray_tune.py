@@ -32,13 +32,15 @@ from orchestrator.capacity import Waiting
 from orchestrator.data_section import DataSettings
 from orchestrator.dispatch import Dispatcher
 from orchestrator.loop import Row
-from orchestrator.plan import Planner, Point
+from orchestrator.plan import Planner, Point, Trial
 from orchestrator.ray_cluster import ClusterView, Room
 from orchestrator.ray_nodes import num_promised_workers, wait_for_workers
 from orchestrator.ray_search import (
     HOLDS,
+    LEADS,
     OBJECTIVE,
     OUTCOME,
+    PACK,
     ROW,
     DispatchSearcher,
     GaveUp,
@@ -49,7 +51,7 @@ from orchestrator.ray_search import (
 from orchestrator.retry import Attempts
 from orchestrator.secrecy import hide_in_logs
 from orchestrator.spec import ExperimentSpec, SchedulerSettings
-from orchestrator.trial import TrialRunner
+from orchestrator.trial_pack import PackRunner
 
 __all__ = ["SharedData", "connect", "drive", "make_room"]
 
@@ -149,10 +151,10 @@ class _TrialFunction:
     """What Tune runs in a trial's process: plan the trial again from its point, and walk it."""
 
     planner: Planner
-    runner: TrialRunner
+    runner: PackRunner
 
     def __call__(self, config: dict[str, Any]) -> None:
-        trial = self.planner.trial(Point(config["values"], config["label"]), config["seed"])
+        trial = self._trial(config)
         objective = trial_objective(self.planner)
         pause_seconds = REPORT_SECONDS if self.planner.spec.search.scheduler.name == "none" else 0.0
         reported = time.monotonic()
@@ -165,8 +167,17 @@ class _TrialFunction:
                 reported = time.monotonic()
                 tune.report({ROW: json.dumps(row), OBJECTIVE: row[objective], "epoch": row["epoch"]})
 
-        outcome = self.runner.run(trial, report)
+        if LEADS in config:
+            members = [trial, *(self._trial(choice) for choice in config[LEADS])]
+            outcome = self.runner.lead(config[PACK], members, report)
+        elif PACK in config:
+            outcome = self.runner.follow(config[PACK], trial, report)
+        else:
+            outcome = self.runner.run(trial, report)
         tune.report({OUTCOME: json.dumps(asdict(outcome)), "epoch": trial.final.epochs})
+
+    def _trial(self, choice: Mapping[str, Any]) -> Trial:
+        return self.planner.trial(Point(choice["values"], choice["label"]), choice["seed"])
 
 
 def trial_objective(planner: Planner) -> str:
@@ -194,7 +205,7 @@ def ship_by_value(catalog: Catalog) -> None:
 
 def drive(
     planner: Planner,
-    runner: TrialRunner,
+    runner: PackRunner,
     dispatcher: Dispatcher,
     listener: SweepListener,
     *,

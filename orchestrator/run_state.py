@@ -19,7 +19,7 @@ from orchestrator.optimisation import TrainSettings, Updater, WeightAverage
 from orchestrator.training import Clock, Row
 from orchestrator.workers import Workers
 
-__all__ = ["Held", "RunState", "peak_memory_bytes"]
+__all__ = ["Held", "RunState", "is_out_of_memory", "peak_memory_bytes"]
 
 SAVED_AS_THEY_ARE = ("epoch", "position", "names", "history", "best", "learning_rate")
 
@@ -48,8 +48,17 @@ class RunState:
     """A training under way: networks, optimizer, average, place in the data, sums of the epoch, history, time."""
 
     def __init__(
-        self, method: Method, settings: TrainSettings, *, device: torch.device, workers: Workers, clock: Clock
+        self,
+        method: Method,
+        settings: TrainSettings,
+        *,
+        device: torch.device,
+        workers: Workers,
+        clock: Clock,
+        worker_clock: Clock | None = None,
+        cpu_clock: Clock = time.process_time,
     ) -> None:
+        """``worker_clock`` and ``cpu_clock`` tell this run's part of them, where several share the process."""
         self.method, self.device, self.workers, self.clock = method.to(device), device, workers, clock
         trained = [item for item in method.named_parameters() if item[1].requires_grad]
         parameters = [parameter for _, parameter in trained]
@@ -62,19 +71,25 @@ class RunState:
         self.history: list[Row] = []
         self.best: dict[str, Any] | None = None
         self.learning_rate = settings.learning_rate
-        self._started = clock(), time.process_time()
+        self._worker_clock, self._cpu_clock = worker_clock or clock, cpu_clock
+        self._started = self._now()
         self._earlier = Held()
 
     def held(self) -> Held:
         """Time up to now, that of earlier attempts included. Every worker takes part: CPU times are added up."""
-        used = torch.tensor(time.process_time() - self._started[1], dtype=torch.float64)
-        now = self.clock() - self._started[0]
+        seconds, worker_seconds, cpu_seconds = (
+            now - started for now, started in zip(self._now(), self._started, strict=True)
+        )
+        used = torch.tensor(cpu_seconds, dtype=torch.float64)
         return Held(
-            seconds=self._earlier.seconds + now,
-            worker_seconds=self._earlier.worker_seconds + now * self.workers.size,
+            seconds=self._earlier.seconds + seconds,
+            worker_seconds=self._earlier.worker_seconds + worker_seconds * self.workers.size,
             cpu_seconds=self._earlier.cpu_seconds
             + float(self.workers.all_reduce_sum({"used": used})["used"]),
         )
+
+    def _now(self) -> tuple[float, float, float]:
+        return self.clock(), self._worker_clock(), self._cpu_clock()
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -167,6 +182,13 @@ class RunState:
                 f"workers found checkpoints at different places (epoch, batch): {places}. All of them must read the "
                 "same storage: is it shared between their machines?"
             )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is one of the ways in which torch and Python say that memory ran out."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -139,6 +139,10 @@ class RunSettings:
     """Stage -> what it wants otherwise: ``workers``, ``cpus_per_worker``, ``gpus_per_worker``, ``placement``, ``min_workers``."""
     concurrent_trials: int | None = None
     """Upper bound of trials at a time; by default as many as fit."""
+    pack: int | bool | Literal["auto", "off"] = "auto"
+    """How many trials that learn from the same network train side by side in one process, behind one pass of it.
+    ``auto``: as many as leave every slot busy, once a stage of their kind is known to take long enough. Trials with
+    other teachers, seeds or batches are not packed together, and those whose stages have groups of workers never."""
     storage: str = "runs"
     """Artifacts, checkpoints and reports: a folder or an fsspec URL that every node reaches."""
     tracking: str | None = None
@@ -178,6 +182,8 @@ class RunSettings:
         self._check_workers()
         if self.concurrent_trials is not None and self.concurrent_trials < 1:
             raise ValueError(f"concurrent_trials must be at least 1, got {self.concurrent_trials}")
+        if self.pack is True or (self.pack is not False and isinstance(self.pack, int) and self.pack < 1):
+            raise ValueError(f"pack must be 'auto', 'off' or a number from 1, got {self.pack!r}")
         for name in ("max_failures", "checkpoint_seconds"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
@@ -209,11 +215,22 @@ class RunSettings:
         """How signals are kept, and thereby what students learn from."""
         return SignalFormat(precision=self.signals_precision, top_k=self.signals_top_k)
 
+    @property
+    def pack_size(self) -> int | Literal["auto"]:
+        """``pack`` as a number: 1 where it is off, which YAML reads as ``false``."""
+        if isinstance(self.pack, int):
+            return max(1, int(self.pack))
+        return 1 if self.pack == "off" else "auto"
+
     def batch_scale(self, name: str) -> int:
         """By how much batch size and learning rate of a stage are multiplied."""
         return self.for_stage(name).workers if self.batch == "scale" else 1
 
     def _check_signals(self) -> None:
+        if self.signals == "record" and self.pack_size not in (1, "auto"):
+            raise ValueError(
+                f"signals 'record' and pack {self.pack} exclude each other: a pack learns from its teacher itself"
+            )
         if self.signals_top_k is not None and self.signals_top_k < 1:
             raise ValueError(f"signals_top_k must be at least 1, got {self.signals_top_k}")
         if not 0 < self.signals_gigabytes < math.inf:

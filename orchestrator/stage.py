@@ -30,7 +30,7 @@ from orchestrator.loop import Row, Training, evaluate, train
 from orchestrator.measure import size_and_speed
 from orchestrator.optimisation import TrainSettings
 from orchestrator.plan import PlannedStage
-from orchestrator.run_state import peak_memory_bytes
+from orchestrator.run_state import is_out_of_memory, peak_memory_bytes
 from orchestrator.settings import Problems, parse, to_plain
 from orchestrator.signals import StageSignals
 from orchestrator.spec import RunSettings
@@ -108,8 +108,15 @@ class StageRunner:
             streams = data.streams(self._stream_settings(stage, device))
             with signals.watching(streams["training"]) as watched:
                 training = self._train(stage, method, {**streams, "training": watched}, device, report)
-            method.artifact().load_state_dict(training.weights)
-            test = evaluate(method, streams["test"], device=device, workers=self.workers)
+            self._finish(stage, task, data, method, training, streams["test"], device, signals)
+
+    def _finish(
+        self, stage: PlannedStage, task: Any, data: LoadedData, method: Method, training: Training,
+        test_stream: SampleStream, device: torch.device, signals: StageSignals,
+    ) -> None:  # fmt: skip
+        """Look at the test split, and put the artifact into the store."""
+        method.artifact().load_state_dict(training.weights)
+        test = evaluate(method, test_stream, device=device, workers=self.workers)
         if self.workers.rank == 0:
             self._put(stage, task, data, method, training, test, device, signals)
 
@@ -142,7 +149,7 @@ class StageRunner:
         method_class = self.catalog.method(spec.method)
         sources = {role: load_source(self.store, key, self.catalog) for role, key in stage.inputs.items()}
         inputs = {
-            role: signals.teacher(role, source, source.teacher().to(device))
+            role: signals.teacher(role, source, self._teacher(source).to(device))
             for role, source in sources.items()
         }
         for role, teacher in inputs.items():
@@ -155,6 +162,9 @@ class StageRunner:
         for network in (method, *(teacher.network for teacher in inputs.values())):
             network.to(memory_format=torch.channels_last)  # convolutions run about 1.5 x faster, on CPU too
         return method.to(device)
+
+    def _teacher(self, source: Source) -> Teacher:
+        return source.teacher()
 
     def _stream_settings(self, stage: PlannedStage, device: torch.device) -> StreamSettings:
         data = stage.data
@@ -277,9 +287,7 @@ def out_of_memory_named(stage: PlannedStage, device: torch.device) -> Iterator[N
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(
-            error
-        ):
+        if not is_out_of_memory(error):
             raise
         peak = peak_memory_bytes(device)
         raise OutOfMemoryError(

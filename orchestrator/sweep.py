@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 from methods.data.base import LoadedData
 from orchestrator.account import Account, read_spent
 from orchestrator.cost import Spent
-from orchestrator.dispatch import Dispatcher, Outcome
+from orchestrator.dispatch import ALONE, Dispatcher, Outcome
 from orchestrator.ending import Endings
 from orchestrator.errors import ConfigurationError, StorageError
 from orchestrator.facts import data_sections, files_on_every_node, gather_facts
 from orchestrator.journal import EndStatus, Journal
 from orchestrator.keys import Facts
 from orchestrator.monitor import Monitor
+from orchestrator.packing import PackPolicy
 from orchestrator.plan import Plan, Planner, Point, Trial, make_plan
 from orchestrator.progress import Display, make_display
 from orchestrator.result import Result
@@ -35,7 +36,7 @@ from orchestrator.store import Store
 from orchestrator.sweep_log import SweepLog
 from orchestrator.tracking import Mirror, ui_command
 from orchestrator.tracking_uri import absolute
-from orchestrator.trial import TrialRunner
+from orchestrator.trial_pack import PackRunner
 
 if TYPE_CHECKING:
     from orchestrator.preflight import Preflight
@@ -170,7 +171,12 @@ class Sweep:
 
     def _drive(self, endings: Endings, log: SweepLog, display: Display, run_id: str) -> _Run:
         costs = CostHistory(self.store)
-        dispatcher = self._dispatcher(endings.recall, costs)
+        packing = PackPolicy.of(self.spec, costs.seconds)
+        if packing.is_off and self.spec.run.pack_size not in (1, "auto"):
+            display.event(
+                f"run.pack is {self.spec.run.pack}, but trials train alone: all stages need one worker and the same resources"
+            )
+        dispatcher = self._dispatcher(endings.recall, costs, packing)
         spending = Spending(Account(self.store, self.spec.name, run_id), self.spec.run)
         run = _Run(dispatcher, spending, Stopper(dispatcher, self.store, display, run_id))
         if not dispatcher.finished and (limits := spending.exceeded()):
@@ -215,7 +221,10 @@ class Sweep:
             self.store, self.spec.catalog, self.spec.run, SharedData(self._load_data()),
             shared_signals=self._shared_signals,
         )  # fmt: skip
-        runner = TrialRunner(self.store, StageExecute(stages), self.spec.search.objectives, run_id)
+        execute = StageExecute(stages)
+        runner = PackRunner(
+            self.store, execute, self.spec.search.objectives, run_id, execute_all=execute.together
+        )
         drive(self.planner, runner, run.dispatcher, monitor, room=room, interrupt=run.stopper.interrupt)
 
     def _load_data(self) -> Iterator[tuple[str, LoadedData]]:
@@ -227,7 +236,10 @@ class Sweep:
                 raise ConfigurationError(f"data {section.dataset}: {error}") from error
 
     def _dispatcher(
-        self, recall: Callable[[Trial], Outcome | None], costs: CostHistory | None = None
+        self,
+        recall: Callable[[Trial], Outcome | None],
+        costs: CostHistory | None = None,
+        packing: PackPolicy = ALONE,
     ) -> Dispatcher:
         return Dispatcher(
             self.planner,
@@ -236,6 +248,7 @@ class Sweep:
             busy=lambda key: self.store.holder(key) is not None,
             recall=recall,
             seconds=(costs or CostHistory(self.store)).seconds,
+            packing=packing,
         )
 
     def _result_of(self, run: _Run) -> Result:

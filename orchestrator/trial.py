@@ -28,7 +28,7 @@ from orchestrator.secrecy import hide
 from orchestrator.spec import Objective
 from orchestrator.store import Store
 
-__all__ = ["TrialRunner", "failure_path", "objective_values", "stop_path"]
+__all__ = ["BusyElsewhereError", "TrialRunner", "failure_path", "objective_values", "stop_path"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ NUM_REBUILDS = 3
 """How many damaged or missing artifacts one trial repairs before it gives up."""
 
 
-class _BusyElsewhereError(Exception):
+class BusyElsewhereError(Exception):
     """Somebody else holds the lease of a stage that this trial needs."""
 
 
@@ -71,7 +71,7 @@ class TrialRunner:
                         raise
                     self._set_aside_damaged(trial, error)
             raise AssertionError("unreachable: the last repair either returns or raises")
-        except (_BusyElsewhereError, StopTraining):
+        except (BusyElsewhereError, StopTraining):
             return Outcome(status="deferred")
         except Exception as error:  # the outcome carries it: type, text and, in the store, the traceback
             return Outcome(
@@ -91,34 +91,35 @@ class TrialRunner:
         if micro_batches.shrink(micro_batches.adapted(stage), reason, **measured) is not None:
             return True
         error = OutOfMemoryError(reason, device="host memory", peak_memory_bytes=peak_memory_bytes)
-        self._record_failure(stage, error)
+        self.record_failure(stage, error)
         return False
 
     def _walk(self, trial: Trial, report: Callable[[Row], bool | None]) -> Outcome:
         for stage in () if self.store.has(trial.key) else trial.stages:
             if not self.store.has(stage.key):
-                self._make(stage, report if stage is trial.final else None)
+                self.make(stage, report if stage is trial.final else None)
         metrics = self.store.manifest(trial.key)["metrics"]
         return Outcome(status="done", values=objective_values(metrics, trial, self.objectives))
 
-    def _make(self, stage: PlannedStage, report: Callable[[Row], bool | None] | None) -> None:
-        self._refuse_known_failure(stage)
+    def make(self, stage: PlannedStage, report: Callable[[Row], bool | None] | None) -> None:
+        """Make a stage under its lease, with every remedy that there is. What cannot be helped is recorded and raised."""
+        self.refuse_known_failure(stage)
         lease = self._with_pauses(stage, lambda: self.store.lease(stage.key, watch=True))
         if lease is None:
-            raise _BusyElsewhereError
+            raise BusyElsewhereError
         with lease:
             if self.store.has(stage.key):  # finished between our look and our lease
                 return
             started = time.time()
             try:
                 self._execute_in_memory(stage, lease, report)
-            except (StorageError, StopTraining, _BusyElsewhereError):
+            except (StorageError, StopTraining, BusyElsewhereError):
                 raise
             except Exception as error:
-                self._record_failure(stage, error)
+                self.record_failure(stage, error)
                 raise
             self.store.delete_json(failure_path(stage.key))
-            self._record_cost(stage, time.time() - started)
+            self.record_cost(stage, time.time() - started)
 
     def _execute_in_memory(
         self, stage: PlannedStage, lease: Lease, report: Callable[[Row], bool | None] | None
@@ -142,11 +143,11 @@ class TrialRunner:
         self, stage: PlannedStage, lease: Lease, report: Callable[[Row], bool | None] | None
     ) -> None:
         rows: list[Row] = []
-        stop_requested = _Throttled(lambda: self.store.read_json(stop_path(self.run_id)) is not None)
+        stop_requested = self.stop_requested()
 
         def observe(row: Row) -> bool | None:
             if lease.lost:  # this process was suspended for so long that another one has taken over
-                raise _BusyElsewhereError
+                raise BusyElsewhereError
             rows.append(row)
             lease.update({"name": stage.name, "epoch": row["epoch"], "epochs": stage.epochs, "rows": rows})
             if report is not None and report(row):
@@ -159,6 +160,10 @@ class TrialRunner:
 
         lease.update({"name": stage.name, "epoch": 0, "epochs": stage.epochs, "rows": rows})
         self._with_pauses(stage, execute)
+
+    def stop_requested(self) -> Callable[[], bool]:
+        """Tells, on being asked, whether this run of the sweep is to stop; the store is not bothered each time."""
+        return _Throttled(lambda: self.store.read_json(stop_path(self.run_id)) is not None)
 
     def _with_pauses(self, stage: PlannedStage, action: Callable[[], T]) -> T:
         """``action``, repeated after pauses while the storage has passing trouble."""
@@ -176,12 +181,14 @@ class TrialRunner:
                 time.sleep(pause)
         raise AssertionError("unreachable: the last attempt either returns or raises")
 
-    def _refuse_known_failure(self, stage: PlannedStage) -> None:
+    def refuse_known_failure(self, stage: PlannedStage) -> None:
+        """Raise ``StageFailedError`` for a stage that has diverged, or failed in this run."""
         failure = self.store.read_json(failure_path(stage.key))
         if failure and (failure["kind"] == DivergedError.__name__ or failure["run"] == self.run_id):
             raise StageFailedError(f"stage {stage.name} ({stage.key[:8]}) failed: {failure['reason']}")
 
-    def _record_failure(self, stage: PlannedStage, error: Exception) -> None:
+    def record_failure(self, stage: PlannedStage, error: Exception) -> None:
+        """Keep the error that is being handled as the reason of the stage's failure."""
         if not isinstance(error, ConfigurationError | DivergedError | OutOfMemoryError):
             logger.warning("stage %s (%s) failed", stage.name, stage.key[:8], exc_info=error)
         record = {
@@ -196,7 +203,7 @@ class TrialRunner:
         }  # fmt: skip
         self.store.write_json(failure_path(stage.key), record)
 
-    def _record_cost(self, stage: PlannedStage, seconds: float) -> None:
+    def record_cost(self, stage: PlannedStage, seconds: float) -> None:
         """Remember what an epoch of this kind of stage took, whole stage included, for later estimates."""
         path = f"costs/{stage.signature}.json"
         try:

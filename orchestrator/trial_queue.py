@@ -59,6 +59,17 @@ class TrialQueue:
         self._num_pushed += 1
         self._new.append((self._num_pushed, trial))
 
+    def remove(self, trial: Trial) -> None:
+        """Take this trial out of its turn. It must be waiting."""
+        self._new = [entry for entry in self._new if entry[-1] is not trial]
+        self._heap = [entry for entry in self._heap if entry[-1] is not trial]
+        heapq.heapify(self._heap)
+        for key, parked in list(self._parked.items()):
+            self._parked[key] = [entry for entry in parked if entry[-1] is not trial]
+            if not self._parked[key]:
+                del self._parked[key]
+        self._num_waiting -= 1
+
     def clear(self) -> None:
         self._new.clear()
         self._heap.clear()

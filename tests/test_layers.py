@@ -28,14 +28,14 @@ OPTUNA = {"orchestrator/search.py"}
 PURE = (
     *("plan", "placement", "space", "keys", "spec", "chain", "reader", "settings", "search", "dispatch"),
     *("references", "data_section", "cost", "budget", "statistics", "redact", "portable"),
-    *("preflight_judge", "controls", "retry", "capacity"),
+    *("preflight_judge", "controls", "retry", "capacity", "packing"),
     *("trial_queue", "tally"),
     *("signals_plan", "signals_codec"),
 )
 OUTSIDE = {"ray", "mlflow", "fsspec", "s3fs", "boto3", "requests", "urllib", "socket", "subprocess", "shutil", "tempfile", "os", "pathlib", "io", "time"}  # fmt: skip
 IMPURE = {
     f"orchestrator.{name}"
-    for name in ("store", "lease", "checkpoint", "filesystem", "filesystem_local", "filesystem_remote", "facts", "stage", "trial", "sweep", "tracking", "mirror", "journal", "ray_tune", "ray_train", "ray_search", "ray_cluster", "micro_batch", "api", "cli", "account", "stopping", "signals", "signals_shelf", "signals_recording", "signals_probe")
+    for name in ("store", "lease", "checkpoint", "filesystem", "filesystem_local", "filesystem_remote", "facts", "stage", "trial", "sweep", "tracking", "mirror", "journal", "ray_tune", "ray_train", "ray_search", "ray_cluster", "micro_batch", "api", "cli", "account", "stopping", "signals", "signals_shelf", "signals_recording", "signals_probe", "stage_pack", "trial_pack", "pack_board")
 }  # fmt: skip
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLE_ALLOWED = {"methods/models/weights.py", "methods/grounding/refer_pickle.py"}

@@ -13,8 +13,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from methods.models.pass_memory import PassMemory
 from methods.names import did_you_mean
 
 Recorded = tuple[Tensor, int]
@@ -97,6 +99,14 @@ class Tapped(nn.Module):
         self.network = network
         self.classifier_path = classifier_path
         self.num_features = _input_width(find_module(network, classifier_path), classifier_path)
+        self._memory: PassMemory[Features] | None = None
+
+    def remember_passes(self) -> None:
+        """From now on, a pass without gradient over images that are still alive is not computed twice.
+
+        For a frozen network that several students learn from. What it gives must not be changed in place.
+        """
+        self._memory = PassMemory()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[B, C]`` and pooled features ``[B, D]`` of images ``[B, 3, H, W]``."""
@@ -105,6 +115,11 @@ class Tapped(nn.Module):
 
     def features(self, images: Tensor, taps: Taps = NO_TAPS) -> Features:
         """Logits, pooled features, and what ``taps`` read: first their inputs, then their outputs."""
+        if self._memory is None or torch.is_grad_enabled():
+            return self._features(images, taps)
+        return self._memory.once(images, taps, lambda: self._features(images, taps))
+
+    def _features(self, images: Tensor, taps: Taps) -> Features:
         every = Taps(inputs=(self.classifier_path, *taps.inputs), outputs=taps.outputs)
         logits, recorded = every.run(self.network, images)
         pooled = recorded[f"{self.classifier_path}:input"]
