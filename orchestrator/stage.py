@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from methods.base import Method, ModelSettings, Source
+from methods.base import Method, ModelSettings, Source, Teacher
 from methods.catalog import Catalog
 from methods.data.base import LoadedData, SampleStream, StreamSettings
 from methods.data.randomness import derive_seed
