@@ -134,7 +134,7 @@ class Dispatcher:
 
     def _followers(self, first: Trial, num_free_slots: int) -> Sequence[Trial]:
         """Waiting trials that could share a process with ``first``, which counts as running already."""
-        most = self._packing.most(first, PACK_LOOK_AHEAD, num_free_slots)
+        most = self._packing.most(first, len(self._queue) + 1, num_free_slots)
         if min(most, self._largest.get(first.key, most)) < 2 or self._is_stored(first.key):
             return ()
         signature = pack_signature(first, self._is_stored)
@@ -146,7 +146,10 @@ class Dispatcher:
             if not self._is_stored(trial.key) and pack_signature(trial, self._is_stored) == signature
             and not any(holds(stage.key) for stage in trial.stages)
         ]  # fmt: skip
-        most = self._packing.most(first, len(alike) + 1, num_free_slots)
+        queue_per_look = max(
+            1.0, len(self._queue) / PACK_LOOK_AHEAD
+        )  # the rest of the queue is taken to be alike
+        most = self._packing.most(first, 1 + round(len(alike) * queue_per_look), num_free_slots)
         most = min(most, self._largest.get(first.key, most))
         return [trial for trial in alike if self._largest.get(trial.key, most) >= most][: most - 1]
 

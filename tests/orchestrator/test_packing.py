@@ -184,6 +184,12 @@ def test_what_somebody_else_makes_is_not_taken_into_a_pack() -> None:
     assert [each.point.values for each in pack] == [WEIGHTS[0], WEIGHTS[2], WEIGHTS[3]]
 
 
+@pytest.mark.parametrize(("num_free_slots", "size"), [(1, MOST_TOGETHER), (50, 3), (200, 1)])
+def test_a_large_cluster_is_filled_before_trials_share(num_free_slots: int, size: int) -> None:
+    world = World([{"student.kd_weight": 0.1 * number} for number in range(1, 131)], measured(600.0))
+    assert len(world.dispatcher.next_pack(num_free_slots)) == size
+
+
 def test_strangers_are_not_packed() -> None:
     points = [{"student.kd_weight": 0.3}, {"student.seed": 5}, {"student.kd_weight": 0.7}]
     world = World(points, PackPolicy(size=3))
