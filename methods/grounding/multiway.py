@@ -39,7 +39,7 @@ class MultiwaySettings:
     width: int = 768
     """Numbers per token (D)."""
     num_layers: int = 12
-    """Layers of attention and feed-forward."""
+    """Layers of the encoder."""
     num_heads: int = 12
     """Heads of the attention; must divide the width."""
     drop_path: float = 0.1
