@@ -12,21 +12,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from methods.checks import check_choice
 from methods.data.base import DataError
 from methods.data.files import combined_digest, content_digest, folder, listing
 from methods.grounding.expressions import refuse_shared_pictures
 from methods.grounding.protocols import protocol_named
-from methods.grounding.refer_index import Index, Reference, in_split, read_index, read_references
-from methods.grounding.refer_split import Kept, ReferSplit
+from methods.grounding.refer_index import (
+    Index,
+    Reference,
+    in_split,
+    pictures_asked_about,
+    read_index,
+    read_references,
+    without_pictures,
+)
+from methods.grounding.refer_photos import packed_photos
+from methods.grounding.refer_split import JoinedSplits, Kept, ReferSplit
 from methods.grounding.source import GroundingData, GroundingSource, not_default
 from methods.grounding.vocabulary import HuggingFaceVocabulary, Vocabulary, encode, vocabulary_of
 
@@ -48,6 +55,7 @@ TEST_SPLITS = {
     "grefcoco": "testA",
     "pack": "test",
 }
+JOINABLE = ("refcoco/unc", "refcoco+/unc", "refcocog/umd", "refcocog/google")
 PARTITIONS = {"refcoco": ("unc",), "refcoco+": ("unc",), "refcocog": ("umd", "google"), "grefcoco": ("unc",)}
 
 
@@ -75,6 +83,9 @@ class Refer(GroundingSource):
     """``words``: the words of the training sentences; else the name or folder of a HuggingFace tokenizer."""
     min_word_count: int = 1
     """``words``: how often a word must occur in training to be known."""
+    join: tuple[str, ...] = ()
+    """Other collections under ``root`` (``refcoco+``, ``refcocog/umd``) that are learnt from too. Pictures in a validation
+    or test split of any of them are then left out of training."""
     allow_shared_pictures: bool = False
     """Go on although pictures are in several splits, as in the google partition: such numbers flatter."""
 
@@ -89,6 +100,11 @@ class Refer(GroundingSource):
             raise ValueError(
                 f"split_by must be one of {', '.join(partitions) or 'nothing'} for {self.collection}, got {self.split_by!r}"
             )
+        for name in self.join:
+            if self.collection == "pack" or name == self.name or name not in JOINABLE:
+                raise ValueError(
+                    f"join must name other collections than {self.name} of {', '.join(JOINABLE)}, got {name!r}"
+                )
         if self.min_word_count < 1:
             raise ValueError(f"min_word_count must be at least 1, got {self.min_word_count}")
 
@@ -113,7 +129,8 @@ class Refer(GroundingSource):
 
     def fingerprint(self) -> str:
         """Covers the bytes of the annotations (and of a pack's photos), and names and sizes of photo files."""
-        files = [self._references_file(), self._instances_file()]
+        parts = (self, *self._others())
+        files = [file for part in parts for file in (part._references_file(), part._instances_file())]
         settings = [item for item in not_default(self) if item[0] != "root"]
         if self.collection == "pack":
             return combined_digest("refer", VERSION, settings, content_digest([*files, self._photos_file()]))
@@ -121,14 +138,43 @@ class Refer(GroundingSource):
         return combined_digest("refer", VERSION, settings, content_digest(files), photos)
 
     def load(self) -> GroundingData:
-        references = self._wanted(read_references(self._references_file(), self.sentence_field))
-        index = read_index(self._instances_file(), references)
-        kept, photos = Kept(), self._photos(index)
+        references, kept = self._references(), Kept()
+        joined = {other: other._references() for other in self._others()}
+        held_out = pictures_asked_about(references, *joined.values()) if joined else frozenset()
         names = self._split_names(references)
+        own = self._splits(without_pictures(references, held_out), names, kept)
+        train: ReferSplit | JoinedSplits = own["train"]
+        if joined:
+            more = (
+                other._splits(without_pictures(rows, held_out), ["train"], kept)["train"]
+                for other, rows in joined.items()
+            )
+            train = JoinedSplits([own["train"], *more])
+        splits = {**own, "train": train}
+        if not self.allow_shared_pictures:
+            refuse_shared_pictures(**splits)
+        vocabulary = self._vocabulary(train.texts)
+        return GroundingData(
+            source=self,
+            vocabulary=vocabulary,
+            train=train,
+            validation=own.get("val") if self.test_name != "val" else None,
+            test=own[self.test_name],
+            one_sentence=self.sentences_per_object == "one",
+            notes=self._notes(splits, vocabulary, own[self.test_name].index),
+        )
+
+    def _splits(
+        self, references: Sequence[Reference], names: Sequence[str], kept: Kept
+    ) -> dict[str, ReferSplit]:
+        index = read_index(self._instances_file(), references)
+        if index.num_short_polygons:
+            logger.warning("%s: %d polygons of fewer than three points add nothing", self.name, index.num_short_polygons)  # fmt: skip
+        photos, rules = self._photos(index), protocol_named(self.protocol)
         splits = {
             split: ReferSplit(
                 index, [item for item in references if in_split(item, split)], photos, name=f"{self.name}/{split}",
-                image_size=self.image_size, rules=protocol_named(self.protocol), kept=kept,
+                image_size=self.image_size, rules=rules, kept=kept,
             )
             for split in names
         }  # fmt: skip
@@ -136,18 +182,15 @@ class Refer(GroundingSource):
             if not len(content):
                 known = ", ".join(sorted({item.split for item in references}))
                 raise DataError(f"{self.root}: split {split!r} has no reference; there are {known}")
-        if not self.allow_shared_pictures:
-            refuse_shared_pictures(**splits)
-        vocabulary = self._vocabulary(splits["train"].texts)
-        return GroundingData(
-            source=self,
-            vocabulary=vocabulary,
-            train=splits["train"],
-            validation=splits.get("val") if self.test_name != "val" else None,
-            test=splits[self.test_name],
-            one_sentence=self.sentences_per_object == "one",
-            notes=self._notes(splits, vocabulary, index),
-        )
+        return splits
+
+    def _others(self) -> list[Refer]:
+        """The collections that are joined, each with its own files."""
+        names = (name.split("/") for name in self.join)
+        return [replace(self, collection=name, split_by=by, join=(), test_split="") for name, by in names]  # type: ignore[arg-type]
+
+    def _references(self) -> list[Reference]:
+        return self._wanted(read_references(self._references_file(), self.sentence_field))
 
     def _wanted(self, references: list[Reference]) -> list[Reference]:
         kept = [item for item in references if item.annotation_ids or self.no_target == "keep"]
@@ -171,7 +214,7 @@ class Refer(GroundingSource):
         return vocabulary_of(texts, min_count=self.min_word_count)
 
     def _notes(
-        self, splits: Mapping[str, ReferSplit], vocabulary: Vocabulary, index: Index
+        self, splits: Mapping[str, ReferSplit | JoinedSplits], vocabulary: Vocabulary, index: Index
     ) -> dict[str, Any]:
         """What the manifest says of the data. What was lost on the way is warned about once."""
         counts: dict[str, Any] = {"short_polygons": index.num_short_polygons, "unused_pictures": index.num_bare_pictures}  # fmt: skip
@@ -188,14 +231,14 @@ class Refer(GroundingSource):
                     "not in the vocabulary", self.name, split, encoded.num_truncated, len(content), self.text_length,
                     encoded.num_unknown,
                 )  # fmt: skip
-            expected = NUM_REFERENCES.get(self.name, {}).get(split)
+            expected = (
+                NUM_REFERENCES.get(self.name, {}).get(split) if isinstance(content, ReferSplit) else None
+            )
             if expected is not None and expected != content.num_references:
                 logger.warning(
                     "%s/%s has %d references, the published files have %d: numbers are not comparable with tables",
                     self.name, split, content.num_references, expected,
                 )  # fmt: skip
-        if index.num_short_polygons:
-            logger.warning("%s: %d polygons of fewer than three points add nothing", self.name, index.num_short_polygons)  # fmt: skip
         return {"dataset_name": self.name, "test_split": self.test_name, "counts": counts}
 
     def _folder(self) -> Path:
@@ -230,20 +273,3 @@ class Refer(GroundingSource):
             place = self._photo_folder()
             return {key: place / str(picture["file_name"]) for key, picture in index.pictures.items()}
         return packed_photos(self._photos_file(), set(index.pictures))
-
-
-def packed_photos(file: Path, wanted: set[int]) -> dict[int, bytes | Path]:
-    """Encoded photos of a parquet file with columns ``image_id`` and ``image`` {bytes, path}."""
-    try:
-        table = pq.read_table(file, columns=["image_id", "image"])
-        ids, images = table["image_id"].to_pylist(), table["image"].to_pylist()
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise DataError(f"{file} is no parquet file with columns image_id and image: {error}") from error
-    if len(set(ids)) != len(ids):
-        raise DataError(f"{file}: {len(ids) - len(set(ids))} image_id stand there more than once")
-    found = {number: image["bytes"] for number, image in zip(ids, images, strict=True) if number in wanted}
-    if missing := sorted(wanted - set(found)):
-        raise DataError(
-            f"{file}: {len(missing)} pictures have sentences but no photo, for instance {missing[0]}"
-        )
-    return found

@@ -166,3 +166,13 @@ def in_split(reference: Reference, wanted: str) -> bool:
     if wanted in ("testA", "testB", "testC"):
         return wanted[-1] in reference.split
     return wanted in reference.split if wanted == "test" else reference.split == wanted
+
+
+def pictures_asked_about(*parts: Sequence[Reference]) -> frozenset[int]:
+    """Pictures of any validation or test split: learning from them would answer the questions beforehand."""
+    return frozenset(item.image_id for part in parts for item in part if item.split != "train")
+
+
+def without_pictures(references: Sequence[Reference], held_out: frozenset[int]) -> list[Reference]:
+    """References for training are left out where they are about these pictures; the others stay."""
+    return [item for item in references if item.split != "train" or item.image_id not in held_out]

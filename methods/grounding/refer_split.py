@@ -53,6 +53,48 @@ class Target:
     box: tuple[float, float, float, float]
 
 
+class JoinedSplits:
+    """Several splits one after the other, for training on all of them."""
+
+    decodes_photos = True
+
+    def __init__(self, splits: Sequence[ReferSplit]) -> None:
+        self._splits = tuple(splits)
+        self._starts = np.cumsum([0, *map(len, splits)])
+        objects = np.cumsum([0, *(split.num_references for split in splits)])
+        self.pictures = np.concatenate([split.pictures for split in splits])
+        self.objects = np.concatenate(
+            [split.objects + start for split, start in zip(splits, objects[:-1], strict=True)]
+        )
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def num_references(self) -> int:
+        return sum(split.num_references for split in self._splits)
+
+    @property
+    def texts(self) -> Sequence[str]:
+        return [text for split in self._splits for text in split.texts]
+
+    def sentences(self, indices: np.ndarray) -> Sequence[str]:
+        places = (self._place(int(index)) for index in indices)
+        return [split.texts[position] for split, position in places]
+
+    def sample_id(self, index: int) -> str:
+        split, position = self._place(index)
+        return split.sample_id(position)
+
+    def sample(self, index: int, *, with_original: bool = False) -> Sample:
+        split, position = self._place(index)
+        return split.sample(position, with_original=with_original)
+
+    def _place(self, index: int) -> tuple[ReferSplit, int]:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._splits[number], index - int(self._starts[number])
+
+
 class ReferSplit:
     """The expressions of one split, in the order of their ids."""
 
@@ -80,7 +122,7 @@ class ReferSplit:
             rules: How masks are rasterised and overlaps counted.
             kept: Where decoded pictures are kept, shared by the splits.
         """
-        self._index, self._photos, self._image_size = index, photos, image_size
+        self.index, self._photos, self._image_size = index, photos, image_size
         self._rules, self._kept, self._name = rules, kept, name
         self._references = sorted(references, key=lambda reference: reference.ref_id)
         counts = [len(reference.sentences) for reference in self._references]
@@ -111,7 +153,7 @@ class ReferSplit:
 
     def sample(self, index: int, *, with_original: bool = False) -> Sample:
         reference = self._references[self.objects[index]]
-        picture = self._index.pictures[reference.image_id]
+        picture = self.index.pictures[reference.image_id]
         size = (int(picture["height"]), int(picture["width"]))
         target = self._kept.get(("mask", reference.ref_id, self._name), lambda: self._target(reference, size))
         image = self._kept.get(("photo", reference.image_id), lambda: self._photo(reference.image_id, size))
@@ -142,7 +184,7 @@ class ReferSplit:
 
     def _mask(self, reference: Reference, size: tuple[int, int]) -> np.ndarray:
         """The union of what is named. Of several, crowds are left out."""
-        annotations = [self._index.annotations[number] for number in reference.annotation_ids]
+        annotations = [self.index.annotations[number] for number in reference.annotation_ids]
         if len(annotations) > 1:
             annotations = [item for item in annotations if not item.get("iscrowd")] or annotations
         rules = self._rules

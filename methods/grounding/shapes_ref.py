@@ -15,7 +15,7 @@ import numpy as np
 from methods.data.files import combined_digest
 from methods.grounding.boxes import box_of_mask, centred
 from methods.grounding.expressions import Sample
-from methods.grounding.shapes_scene import LONGEST_SENTENCE, WORDS, Scene, draw_scene
+from methods.grounding.shapes_scene import LONGEST_SENTENCE, WORDS, draw_scene
 from methods.grounding.source import GroundingData, GroundingSource, not_default
 from methods.grounding.vocabulary import WordVocabulary
 
@@ -79,7 +79,7 @@ class Scenes:
     def __init__(self, settings: ShapesRef, split: int, num_scenes: int) -> None:
         self._settings, self._split, self._num_scenes = settings, split, num_scenes
         self.pictures = self.objects = np.arange(num_scenes, dtype=np.int64)
-        self._made: dict[int, Scene] = {}
+        self._made: dict[int, tuple[str, Sample]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """What was made stays behind: another process makes the same again, and faster than it could be sent."""
@@ -89,22 +89,23 @@ class Scenes:
         return self._num_scenes
 
     def sentences(self, indices: np.ndarray) -> Sequence[str]:
-        return [self._scene(int(index)).sentence for index in indices]
+        return [self._scene(int(index))[0] for index in indices]
 
     def sample_id(self, index: int) -> str:
         return f"shapes_ref/{self._settings.seed}/{SPLITS[self._split]}/{index}"
 
     def sample(self, index: int, *, with_original: bool = False) -> Sample:
-        scene = self._scene(index)
-        side = self._settings.image_size
-        is_empty = scene.kind == "none"
-        box = (0.0, 0.0, 0.0, 0.0) if is_empty else centred(box_of_mask(scene.mask), side, side)
-        return Sample(scene.image, scene.mask, box, is_empty, (side, side), None)
+        return self._scene(index)[1]
 
-    def _scene(self, index: int) -> Scene:
-        scene = self._made.get(index)
-        if scene is None:
+    def _scene(self, index: int) -> tuple[str, Sample]:
+        """Sentence and sample, made at the first call."""
+        made = self._made.get(index)
+        if made is None:
+            side = self._settings.image_size
             random = np.random.default_rng([self._settings.seed, self._split, index])
-            scene = draw_scene(random, self._settings.image_size, generalised=self._settings.generalised)
-            self._made[index] = scene
-        return scene
+            scene = draw_scene(random, side, generalised=self._settings.generalised)
+            is_empty = scene.kind == "none"
+            box = (0.0, 0.0, 0.0, 0.0) if is_empty else centred(box_of_mask(scene.mask), side, side)
+            sample = Sample(scene.image, scene.mask, box, is_empty, (side, side), None)
+            made = self._made[index] = (scene.sentence, sample)
+        return made

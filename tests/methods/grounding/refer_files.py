@@ -69,7 +69,7 @@ def write_original(
     """``ROOT/COLLECTION`` with its two files, and the photos beside it."""
     place, photos = root / collection, root / "images" / "train2014"
     place.mkdir(parents=True)
-    photos.mkdir(parents=True)
+    photos.mkdir(parents=True, exist_ok=True)
     rows = original_refs() if refs is None else refs
     if collection == "grefcoco":
         (place / f"grefs({by}).json").write_text(json.dumps(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 from pathlib import Path
@@ -85,6 +86,15 @@ def test_a_pack_is_read(tmp_path: Path, lines: bool) -> None:
     dropped = pack(tmp_path, no_target="drop")
     assert not dropped.may_be_empty
     assert dropped.load().described()["counts"]["val"]["expressions"] == 3
+
+
+def test_loaded_data_travel_to_another_process_and_into_a_manifest(tmp_path: Path) -> None:
+    data = pack(write_pack(tmp_path)).load()
+    here = data.train.sample(0)
+    sent: GroundingData = pickle.loads(pickle.dumps(data))
+    np.testing.assert_array_equal(sent.train.sample(0).image, here.image)
+    assert sent.task() == data.task()
+    assert json.loads(json.dumps(data.described())) == data.described()
 
 
 def changed(what: str, value: Any, number: int = 0) -> dict[str, Any]:
@@ -172,6 +182,23 @@ def test_the_google_partition_shares_photos_and_has_no_test(tmp_path: Path) -> N
     assert data.described()["test_split"] == "val"
 
 
+def test_joined_collections_leave_out_what_any_of_them_asks_about(tmp_path: Path) -> None:
+    write_original(tmp_path)
+    plus = original_refs(("val", "train", "train", "train"))
+    write_original(tmp_path, "refcoco+", refs=plus)
+    alone, joined = original(tmp_path).load(), original(tmp_path, join=("refcoco+/unc",)).load()
+    assert set(alone.train.pictures) == {0, 1}
+    assert [alone.train.sample_id(index) for index in (0, 5)] == ["refcoco/unc/train/ref0/sent0", "refcoco/unc/train/ref3/sent30"]  # fmt: skip
+    assert joined.train.pictures.tolist() == [1] * 6  # 0 is asked about by refcoco+, 2 and 3 by refcoco
+    assert joined.train.objects.tolist() == [0, 0, 1, 2, 2, 3]
+    assert joined.train.sample_id(4) == "refcoco+/unc/train/ref2/sent21"
+    assert joined.train.sentences(np.array([5, 0])) == ["the right thing", "the left thing"]
+    np.testing.assert_array_equal(joined.train.sample(4).mask, joined.train.sample(0).mask)
+    assert len(joined.test) == len(alone.test) == 3
+    assert joined.described()["counts"]["train"] == {"expressions": 6, "references": 4, "pictures": 1, "truncated_sentences": 0, "unknown_words": 0}  # fmt: skip
+    assert original(tmp_path, join=("refcoco+/unc",)).fingerprint() != original(tmp_path).fingerprint()
+
+
 def test_fingerprints_follow_content_and_not_place(tmp_path: Path) -> None:
     first = write_original(tmp_path / "a")
     second = write_original(tmp_path / "b")
@@ -225,6 +252,11 @@ def test_strings_of_python_two_are_utf8_again() -> None:
         ({"split_by": "umd"}, "split_by must be one of unc for refcoco, got 'umd'"),
         ({"collection": "coco"}, "collection must be one of"),
         ({"no_target": "maybe"}, "no_target must be one of keep, drop"),
+        (
+            {"join": ("refcoco/unc",)},
+            "join must name other collections than refcoco/unc of .*, got 'refcoco/unc'",
+        ),
+        ({"join": ("refcocog",)}, "join must name other collections"),
         ({"min_word_count": 0}, "min_word_count must be at least 1"),
         ({"text_length": 2}, "text_length must be at least 3"),
     ],
