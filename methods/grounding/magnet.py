@@ -101,6 +101,7 @@ class MagNet(GroundingMethod):
         "align_text_weight": {"loguniform": [0.01, 1]},
         "align_temperature": {"loguniform": [0.05, 0.5]},
         "pool_sizes": {"choice": [[], [1], [1, 2, 3, 6]]},
+        "drop_path": {"uniform": [0, 0.3]},
     }
     settings: MagNetSettings
     network: MagNetNetwork

@@ -147,16 +147,6 @@ def test_losses_of_a_batch_are_those_of_its_shares() -> None:
         assert (3 * first[name] + 2 * second[name]) / 5 == pytest.approx(value, rel=1e-4), name
 
 
-@pytest.mark.parametrize("changes", [{}, DEFORMABLE], ids=["pyramid", "deformable"])
-def test_half_precision_stays_finite(changes: dict[str, Any]) -> None:
-    method = magnet(**changes)
-    with torch.autocast("cpu", torch.bfloat16):
-        total = method(make_batch()).total
-    total.backward()
-    assert total.dtype == torch.float32
-    assert total.isfinite()
-
-
 INACTIVE: list[tuple[dict[str, Any], set[str]]] = [
     ({}, {"mask_bias"}),
     ({"ground_weight": 0.0}, {"word_mask_probability", "grounding_pass", "predictor_layers"}),
