@@ -89,7 +89,8 @@ class RunState:
         )
 
     def _now(self) -> tuple[float, float, float]:
-        return self.clock(), self._worker_clock(), self._cpu_clock()
+        now = self.clock()
+        return now, now if self._worker_clock is self.clock else self._worker_clock(), self._cpu_clock()
 
     @property
     def peak_memory_bytes(self) -> int:

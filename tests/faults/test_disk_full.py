@@ -20,7 +20,7 @@ from orchestrator.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
-TIMES = ["seconds", "shared_seconds", "latency_ms"]
+TIMES = ["seconds", "shared_seconds", "latency_ms", "cpu_hours", "shared_cpu_hours"]
 NUM_STAGES, NUM_TRIALS = 1 + 2 + 3, 3
 
 

@@ -17,7 +17,7 @@ from orchestrator.store import Store
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 NUM_STAGES = 1 + 3 + 8
-TIMES = ["seconds", "shared_seconds", "latency_ms"]
+TIMES = ["seconds", "shared_seconds", "latency_ms", "cpu_hours", "shared_cpu_hours"]
 
 
 @pytest.fixture(scope="module")
