@@ -67,7 +67,7 @@ def filled(place: Path, after: Callable[[], bool], seconds: float = 600.0) -> It
 
 
 def table(result) -> pd.DataFrame:
-    return result.table().drop(columns=TIMES)
+    return result.table().drop(columns=TIMES, errors="ignore")
 
 
 def contents(storage: Path) -> dict[str, bytes]:

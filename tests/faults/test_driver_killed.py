@@ -32,7 +32,7 @@ def ended_or_reached(process: subprocess.Popen[bytes], storage: Path, target: in
 
 
 def table(storage: Path) -> pd.DataFrame:
-    return pd.read_csv(storage / "sweeps" / "faults" / "report" / "table.csv").drop(columns=TIMES)
+    return pd.read_csv(storage / "sweeps" / "faults" / "report" / "table.csv").drop(columns=TIMES, errors="ignore")
 
 
 def contents(storage: Path) -> dict[str, tuple[bytes, float]]:
