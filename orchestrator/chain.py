@@ -52,16 +52,17 @@ def with_baseline(
     """Stages in which those of a baseline take the place of ours.
 
     A replaced stage inherits ``model``, ``train``, ``seed`` and ``data`` where it does not name them: the baseline differs
-    from the experiment in its method and that method's settings, not by accident in its recipe.
+    from the experiment in its method and that method's settings, not by accident in its recipe. With the same method
+    it inherits ``preset`` too, in which a method may keep the size of its network.
     """
     merged = {
         name: dict(stages.get(name, replaced.get(name, {}))) for name in _baseline_order(stages, replaced)
     }
     for name in replaced:
         if name in stages:
-            inherited = {
-                key: stages[name][key] for key in ("model", "train", "seed", "data") if key in stages[name]
-            }
+            is_same = replaced[name].get("method") in (None, stages[name].get("method"))
+            kept = ("model", "train", "seed", "data", *(("preset",) if is_same else ()))
+            inherited = {key: stages[name][key] for key in kept if key in stages[name]}
             merged[name] = {**inherited, **replaced[name]}
             merged[name].setdefault("method", stages[name].get("method"))
     return merged

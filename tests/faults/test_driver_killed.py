@@ -32,7 +32,9 @@ def ended_or_reached(process: subprocess.Popen[bytes], storage: Path, target: in
 
 
 def table(storage: Path) -> pd.DataFrame:
-    return pd.read_csv(storage / "sweeps" / "faults" / "report" / "table.csv").drop(columns=TIMES, errors="ignore")
+    return pd.read_csv(storage / "sweeps" / "faults" / "report" / "table.csv").drop(
+        columns=TIMES, errors="ignore"
+    )
 
 
 def contents(storage: Path) -> dict[str, tuple[bytes, float]]:

@@ -96,6 +96,15 @@ def test_a_baseline_without_a_method_keeps_ours() -> None:
     assert chain["views"].train.epochs == 6
 
 
+def test_a_baseline_keeps_the_preset_with_the_method() -> None:
+    """In a grounder's preset is the size of its network: without it, the baseline would be another one by accident."""
+    stages = {"grounder": {"method": "latent_vg", "preset": "latent_vg_small", "train": {"epochs": 4}}}
+    same = with_baseline(stages, {"grounder": {"attribute_lengths": []}})["grounder"]
+    assert same == {**stages["grounder"], "attribute_lengths": []}
+    other = with_baseline(stages, {"grounder": {"method": "shared_ris"}})["grounder"]
+    assert other == {"method": "shared_ris", "train": {"epochs": 4}}
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
