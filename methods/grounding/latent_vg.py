@@ -20,25 +20,24 @@ Shape legend: B = batch, N = latent expressions, D = encoder width, G = samples 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from methods.grounding.contracts import GroundingBatch, GroundingOutput, GroundingTask
+from methods.grounding.contracts import GroundingBatch, GroundingOutput
 from methods.grounding.gather import gathered_with_gradient
 from methods.grounding.latent_expressions import margin_contrast, mean_map_difference, mean_pairwise_cosine
 from methods.grounding.latent_network import LatentVGNetwork
 from methods.grounding.latent_settings import LatentVGSettings, latent_without_effect
-from methods.grounding.method import GroundingMethod, GroundingNetwork
-from methods.grounding.multiway_weights import load_multiway
+from methods.grounding.multiway_method import MultiwayMethod
 from methods.grounding.presets import LATENT_VG
 from methods.grounding.settings import RANGES
 
 
-class LatentVG(GroundingMethod):
+class LatentVG(MultiwayMethod):
     """Masks of a sentence and of its latent expressions, averaged. Losses ``mask_bce``, ``mask_dice``, ``contrast``."""
 
+    network_type = LatentVGNetwork
     Settings = LatentVGSettings
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = LATENT_VG
     ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -58,17 +57,6 @@ class LatentVG(GroundingMethod):
         "drop_path": {"uniform": [0, 0.3]},
     }
     settings: LatentVGSettings
-
-    @classmethod
-    def build_network(cls, settings: Any, task: GroundingTask) -> GroundingNetwork:
-        network = LatentVGNetwork(settings, task)
-        if settings.checkpoint:
-            load_multiway(network.encoder, settings.checkpoint)
-        return network
-
-    @classmethod
-    def without_sources(cls, settings: Any) -> Any:
-        return replace(settings, checkpoint="")
 
     @classmethod
     def inactive(cls, settings: Any) -> frozenset[str]:

@@ -14,7 +14,7 @@ Shape legend: B = batch, D = encoder width, C = decoder width, L = text length, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -24,9 +24,9 @@ from methods.checks import check_choice
 from methods.grounding.contracts import GroundingBatch, GroundingOutput, GroundingTask
 from methods.grounding.draws import Draws
 from methods.grounding.heads import BoxHead, DotHead, EmptyHead
-from methods.grounding.method import GroundingMethod, GroundingNetwork
+from methods.grounding.method import GroundingNetwork
 from methods.grounding.multiway import MultiwayEncoder, MultiwaySettings
-from methods.grounding.multiway_weights import load_multiway
+from methods.grounding.multiway_method import MultiwayMethod
 from methods.grounding.pixel_decoder import Pyramid, as_map, resized
 from methods.grounding.presets import SHARED_RIS
 from methods.grounding.settings import RANGES, GroundingSettings, without_effect
@@ -144,9 +144,10 @@ class SharedRISNetwork(GroundingNetwork):
         return (words_BLC * real_BL1).sum(dim=1) / real_BL1.sum(dim=1)
 
 
-class SharedRIS(GroundingMethod):
+class SharedRIS(MultiwayMethod):
     """One encoder, pyramid and mask decoder for pixels and words. Losses ``mask_bce``, ``mask_dice``."""
 
+    network_type = SharedRISNetwork
     Settings = SharedRISSettings
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = SHARED_RIS
     ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -158,17 +159,6 @@ class SharedRIS(GroundingMethod):
         "drop_path": {"uniform": [0, 0.3]},
     }
     settings: SharedRISSettings
-
-    @classmethod
-    def build_network(cls, settings: Any, task: GroundingTask) -> GroundingNetwork:
-        network = SharedRISNetwork(settings, task)
-        if settings.checkpoint:
-            load_multiway(network.encoder, settings.checkpoint)
-        return network
-
-    @classmethod
-    def without_sources(cls, settings: Any) -> Any:
-        return replace(settings, checkpoint="")
 
     @classmethod
     def inactive(cls, settings: Any) -> frozenset[str]:
