@@ -149,7 +149,7 @@ class Host:
     def start(
         self, command: Command, env: Mapping[str, str] | None = None, output: Path | None = None
     ) -> subprocess.Popen[bytes]:
-        """Start a command inside. It dies with the process that is given back; see ``pid_of`` for its own number."""
+        """Start a command inside. It dies with the process that is given back; ``end`` it, or kill ``pid_of`` it."""
         with (output or self.folder / "output.txt").open("ab") as stream:
             return subprocess.Popen(
                 self._inside(command), env=self._environment(env), stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
@@ -158,6 +158,13 @@ class Host:
     def pid_of(self, started: subprocess.Popen[bytes]) -> int:
         """The process behind one that ``start`` gave: what is given back only waits for it. Numbered as outside."""
         return _only_child(started)
+
+    def end(self, started: subprocess.Popen[bytes]) -> None:
+        """Kill what ``start`` began. From inside: what is given back has to collect it, or the host cannot go down."""
+        if started.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid_of(started), signal.SIGKILL)
+        started.wait(20)
 
     def pids(self) -> list[int]:
         """Every process of the host, numbered as outside."""
@@ -173,8 +180,23 @@ class Host:
         if self.is_up:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._init, signal.SIGKILL)
-        self._outer.wait(120)  # on a busy machine all of its processes take their time to go
+        try:
+            self._outer.wait(120)  # on a busy machine all of its processes take their time to go
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"host {self.name} was killed, but stays: {self._remaining()}") from error
         self.network.ip(f"link del {self.link}", check=False)
+
+    def _remaining(self) -> str:
+        """Its processes and what each of them does, for a message."""
+        lines = []
+        for pid in {self._init, *self.pids()}:
+            with contextlib.suppress(OSError):  # ended while we look
+                status = Path(f"/proc/{pid}/status").read_text()
+                words = [
+                    line for line in status.splitlines() if line.split(":")[0] in ("Name", "State", "PPid")
+                ]
+                lines.append(f"{pid} {' '.join(words)} {Path(f'/proc/{pid}/wchan').read_text()}")
+        return "; ".join(lines)
 
     def _inside(self, command: Command) -> list[str]:
         words = ["bash", "-c", command] if isinstance(command, str) else list(command)

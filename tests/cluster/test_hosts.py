@@ -35,8 +35,7 @@ def listening(hosts: Hosts) -> Iterator[None]:
     while not calls(hosts, "a", "b"):
         assert time.monotonic() < deadline
     yield
-    process.kill()
-    process.wait(10)
+    hosts["b"].end(process)
 
 
 def ssh(hosts: Hosts, name: str, command: str) -> subprocess.CompletedProcess[str]:

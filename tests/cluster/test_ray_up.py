@@ -226,5 +226,4 @@ def check_tunnel(site: Site) -> None:
             time.sleep(1)
         assert laptop.run([sys.executable, "-c", ASK, ""]).stdout.strip() == "401"
     finally:
-        tunnel.kill()
-        tunnel.wait(10)
+        laptop.end(tunnel)
