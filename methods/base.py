@@ -313,6 +313,14 @@ class Method(nn.Module, ABC):
         count = float(totals["count"])
         return {name: float(total) / count for name, total in totals.items() if name != "count"}
 
+    def panel(self, validation: Any) -> bytes | None:
+        """A PNG that shows what the trained network does with a few samples of ``validation`` (a stream of the data set).
+
+        Called once, when the stage is about to be stored. The choice must not depend on the trial, so that trials can
+        be compared. None where there is nothing to see.
+        """
+        return None
+
     @abstractmethod
     def artifact(self) -> nn.Module:
         """The module whose weights are kept. Branch heads of a student, or a teacher, are not part of it."""

@@ -24,6 +24,7 @@ from methods.grounding.contracts import GroundingBatch, GroundingOutput, Groundi
 from methods.grounding.draws import Draws
 from methods.grounding.mask_losses import box_giou, box_l1, empty_bce, mask_bce, mask_dice
 from methods.grounding.metrics import GROUNDING_METRICS, grounding_sums, summarise_grounding
+from methods.grounding.panel import grounding_panel
 from methods.grounding.settings import RANGES, GroundingSettings, without_effect
 from methods.teachers import freeze
 
@@ -139,6 +140,9 @@ class GroundingMethod(Method):
 
     def summarise(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
         return summarise_grounding(totals)
+
+    def panel(self, validation: Any) -> bytes | None:
+        return grounding_panel(self.network, validation)
 
     def artifact(self) -> nn.Module:
         return self.network

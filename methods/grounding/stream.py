@@ -103,6 +103,10 @@ class GroundingStream:
         for made in _ahead(self._make, parts):
             yield self._on_device(epoch, made)
 
+    def batch_of(self, positions: np.ndarray) -> GroundingBatch:
+        """All expressions at these positions of ``indices``, whichever worker would see them, as in epoch 0."""
+        return self._on_device(0, self._make((0, positions)))
+
     def _order(self, epoch: int) -> np.ndarray:
         """Positions in ``self.indices``, in the order of this epoch; of each object one, where that is wanted."""
         if not self.shuffle:

@@ -168,6 +168,14 @@ class HuggingFaceVocabulary:
         return {"tokenizer": self.name}
 
 
+def vocabulary_from(described: Mapping[str, Any]) -> Vocabulary:
+    """The vocabulary that ``described()`` tells about. Raises KeyError when it tells too little."""
+    name = str(described["tokenizer"])
+    if name == WordVocabulary.name:
+        return WordVocabulary(tuple(map(str, described["words"])))
+    return HuggingFaceVocabulary(name)
+
+
 def refuse_end_id_two(end_id: int, what: str) -> None:
     """Raise DataError for a CLIP vocabulary whose end token is 2: transformers would pool at another word."""
     if end_id == 2:
