@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli_cluster import add_cluster_commands
+from orchestrator.cli_predict import add_predict_command
 from orchestrator.errors import ConfigurationError, StillhouseError
 from orchestrator.secrecy import hide, hide_in_logs
 
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
     add_cluster_commands(commands, EPILOG)
     _add_artifact_commands(commands)
+    add_predict_command(commands, _existing_store)
     _add_listings(commands)
     _add_doctor(commands)
     return parser

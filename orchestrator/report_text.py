@@ -14,6 +14,7 @@ from orchestrator.cost import NOTHING_SPENT, PriceSettings, Spent
 from orchestrator.report_cells import MISSING, Column, columns, setting, short_names, signed
 from orchestrator.report_controls import control_lines
 from orchestrator.report_cost import cost_lines
+from orchestrator.report_pictures import Panel, panel_lines
 from orchestrator.report_table import TrialRow, best, table
 from orchestrator.spec import Objective
 from orchestrator.statistics import PairedDifference, more_seeds, verdict
@@ -49,6 +50,8 @@ class Report:
     """Opens MLflow on it; see ``orchestrator.tracking.ui_command``."""
     plots: Sequence[Path] = ()
     """Pictures to show, linked relative to ``folder``."""
+    panels: Sequence[Panel] = ()
+    """What trained networks do with a few validation pictures."""
     folder: Path | None = None
     """Where ``report.md`` will lie."""
     prices: PriceSettings | None = None
@@ -139,6 +142,7 @@ def to_markdown(report: Report, frame: pd.DataFrame | None = None) -> str:
         _section("Cost", cost_lines(report.rows, report.prices, report.spent)),
         _section("Not finished", _unfinished(report)),
         _section("Pictures", _pictures(report)),
+        _section("What the networks see", panel_lines(report.panels, report.folder or Path())),
         _section("Again, and further", _commands(report)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"

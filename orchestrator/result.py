@@ -19,6 +19,7 @@ from orchestrator.cost import NOTHING_SPENT, Spent
 from orchestrator.errors import StorageError
 from orchestrator.plan import Point, Trial
 from orchestrator.report import Report, TrialRow
+from orchestrator.report_pictures import Panel, collect_panels
 from orchestrator.secrecy import hide
 from orchestrator.spec import ExperimentSpec
 from orchestrator.store import Store
@@ -139,7 +140,10 @@ class Result:
         report.cost_table(self.rows, self.spec.run.prices).to_csv(folder / "costs.csv", index=False)
         plots = self._plot_where_new(folder, table)
         path = folder / "report.md"
-        text = report.to_markdown(self._report(folder, plots), self._table)
+        panels = collect_panels(
+            self.store, self.rows, self._table, list(self.spec.baselines), folder / "panels"
+        )
+        text = report.to_markdown(self._report(folder, plots, panels), self._table)
         path.write_text(hide(text), encoding="utf-8")
         return path
 
@@ -172,7 +176,7 @@ class Result:
         weights = load_tensors(self.store.read(trial.key, "weights.safetensors"))
         return write_bundle(self.folder / "best", settings, weights)
 
-    def _report(self, folder: Path, plots: Sequence[Path]) -> Report:
+    def _report(self, folder: Path, plots: Sequence[Path], panels: Sequence[Panel]) -> Report:
         return Report(
             name=self.spec.name,
             rows=self.rows,
@@ -183,6 +187,7 @@ class Result:
             command=self.command,
             tracking_command=self.tracking_command,
             plots=[path for path in plots if path.suffix == ".png"],
+            panels=panels,
             folder=folder,
             prices=self.spec.run.prices,
             spent=self.spent,

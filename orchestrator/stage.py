@@ -29,6 +29,7 @@ from orchestrator.fence import OPEN, Fence, FencedSlot
 from orchestrator.loop import Row, Training, evaluate, train
 from orchestrator.measure import size_and_speed
 from orchestrator.optimisation import TrainSettings
+from orchestrator.pictures import Drawn, draw_stage
 from orchestrator.plan import PlannedStage
 from orchestrator.run_state import is_out_of_memory, peak_memory_bytes
 from orchestrator.settings import Problems, parse, to_plain
@@ -43,8 +44,11 @@ __all__ = ["StageRunner", "load_source"]
 EVALUATION_BATCH_SIZE = 500
 
 
-def load_source(store: Store, key: str, catalog: Catalog) -> Source:
-    """The artifact ``key`` and, through it, its inputs, as methods see them. Checksums are verified."""
+def load_source(store: Store, key: str, catalog: Catalog, *, with_inputs: bool = True) -> Source:
+    """The artifact ``key`` and, through it, its inputs, as methods see them. Checksums are verified.
+
+    Without inputs it is as if it had none: for an artifact that needs none to be used, whose teachers may be gone.
+    """
     manifest = store.manifest(key)
     problems = Problems()
     method = catalog.method(manifest["content"]["method"])
@@ -55,6 +59,7 @@ def load_source(store: Store, key: str, catalog: Catalog) -> Source:
         raise DamagedArtifactError(
             f"artifact {key}: its manifest cannot be understood: {'; '.join(problems)}"
         )
+    inputs = manifest["inputs"] if with_inputs else {}
     return Source(
         key=key,
         method=manifest["content"]["method"],
@@ -62,7 +67,7 @@ def load_source(store: Store, key: str, catalog: Catalog) -> Source:
         model=model,
         task=task,
         weights=_weights(key, store.read(key, "weights.safetensors")),
-        inputs={role: load_source(store, source, catalog) for role, source in manifest["inputs"].items()},
+        inputs={role: load_source(store, source, catalog) for role, source in inputs.items()},
         catalog=catalog,
     )
 
@@ -108,17 +113,18 @@ class StageRunner:
             streams = data.streams(self._stream_settings(stage, device))
             with signals.watching(streams["training"]) as watched:
                 training = self._train(stage, method, {**streams, "training": watched}, device, report)
-            self._finish(stage, task, data, method, training, streams["test"], device, signals)
+            self._finish(stage, task, data, method, training, streams, device, signals)
 
     def _finish(
         self, stage: PlannedStage, task: Any, data: LoadedData, method: Method, training: Training,
-        test_stream: SampleStream, device: torch.device, signals: StageSignals,
+        streams: Mapping[str, SampleStream], device: torch.device, signals: StageSignals,
     ) -> None:  # fmt: skip
         """Look at the test split, and put the artifact into the store."""
         method.artifact().load_state_dict(training.weights)
-        test = evaluate(method, test_stream, device=device, workers=self.workers)
+        test = evaluate(method, streams["test"], device=device, workers=self.workers)
         if self.workers.rank == 0:
-            self._put(stage, task, data, method, training, test, device, signals)
+            drawn = draw_stage(stage, method, streams["validation"])
+            self._put(stage, task, data, method, training, test, device, signals, drawn)
 
     def _train(
         self, stage: PlannedStage, method: Method, streams: Mapping[str, SampleStream], device: torch.device,
@@ -185,7 +191,7 @@ class StageRunner:
 
     def _put(
         self, stage: PlannedStage, task: Any, data: LoadedData, method: Method, training: Training,
-        test: Mapping[str, float], device: torch.device, signals: StageSignals,
+        test: Mapping[str, float], device: torch.device, signals: StageSignals, drawn: Drawn,
     ) -> None:  # fmt: skip
         metrics = {**training.metrics, **{f"test_{name}": value for name, value in test.items()}}
         metrics |= best_epoch(training.history, stage.spec.train, method.evaluation_metrics[0])
@@ -197,6 +203,7 @@ class StageRunner:
             "metrics": {**metrics, "seconds": training.seconds},
             "cost": self._cost(stage, training),
             **({"signals": told} if (told := signals.summary()) else {}),
+            **drawn.told,
             "placement": {
                 "host": socket.gethostname(),
                 "device": device_name(device),
@@ -212,6 +219,7 @@ class StageRunner:
         files = {
             "weights.safetensors": save_tensors(weights),
             "history.json": json.dumps(training.history).encode(),
+            **drawn.files,
         }
         self.fence.check()
         self.store.put(stage.key, files, manifest)

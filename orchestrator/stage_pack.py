@@ -81,7 +81,7 @@ class StagePack(StageRunner):
             checkpoints=FencedSlot(self.store.checkpoints(stage.key), job.fence),
             observe=job.report,
             finish=lambda method, training: own._finish(
-                stage, data.task(), data, method, training, streams["test"], device, own._live(stage, device)
+                stage, data.task(), data, method, training, streams, device, own._live(stage, device)
             ),
         )
 

@@ -20,6 +20,7 @@ import logging
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from orchestrator.checkpoint import Checkpoints
@@ -48,6 +49,8 @@ OWN_FOLDERS = {"artifacts", "work", "leases", "damaged"}
 OWN_FIELDS = {"files", "attempt", "created", "checksum"}
 PROBE_BYTES = 2**20
 SHORTEST_PREFIX_FOLDER = 2
+SHOWN_DIGITS = 8
+"""Of keys that are near a misspelt one."""
 
 
 class Store:
@@ -161,12 +164,21 @@ class Store:
         folder = f"artifacts/{prefix[:2]}" if len(prefix) >= SHORTEST_PREFIX_FOLDER else "artifacts"
         found = [key for key in self._keys(folder) if key.startswith(prefix)]
         if not found:
-            raise MissingArtifactError(f"no artifact in {self.url} has a key that starts with {prefix}")
+            raise MissingArtifactError(
+                f"no artifact in {self.url} has a key that starts with {prefix}{self._near(prefix)}"
+            )
         if len(found) > 1:
             raise ConfigurationError(
                 f"{len(found)} artifacts have keys that start with {prefix}: {', '.join(found[:10])}"
             )
         return found[0]
+
+    def _near(self, prefix: str) -> str:
+        """Keys whose beginning looks alike, in words; an empty text when none does."""
+        starts = {key[: max(len(prefix), SHOWN_DIGITS)]: key for key in self.keys()}
+        near = get_close_matches(prefix, [start[: len(prefix)] for start in starts], n=3)
+        shown = [start for start in starts if start[: len(prefix)] in near][:3]
+        return f"; near it are {', '.join(shown)}" if shown else ""
 
     def lease(self, key: str, *, watch: bool = False) -> Lease | None:
         """The right to work on a key, or None while a live holder has it.

@@ -14,6 +14,7 @@ from orchestrator.dispatch import Outcome
 from orchestrator.journal import EndStatus, Journal
 from orchestrator.keys import active_settings, active_train
 from orchestrator.loop import Row
+from orchestrator.pictures import PANEL, copy_panel
 from orchestrator.plan import PlannedStage, Trial
 from orchestrator.spec import ExperimentSpec
 from orchestrator.store import Store
@@ -160,7 +161,16 @@ class SweepLog:
             {f"stillhouse.{name}": value for name, value in manifest["placement"].items()}
             | {f"stillhouse.version.{name}": value for name, value in manifest["versions"].items()},
         )
+        self._log_panel(stage_id, stage, manifest)
         self._journal.end(stage_id, "FINISHED", manifest["finished"])
+
+    def _log_panel(self, id: str, stage: PlannedStage, manifest: Mapping[str, Any]) -> None:
+        """Attach the pictures that a stage has left, through a copy beside the journal: tracking reads it later."""
+        path = self._journal.path.parent / "panels" / f"{stage.name}-{stage.key[:8]}" / PANEL
+        if trouble := copy_panel(self._store, stage.key, manifest, path):
+            self._journal.tags(id, {"stillhouse.panel": trouble})
+        elif PANEL in manifest["files"]:
+            self._journal.artifact(id, path)
 
     def trial_ended(
         self, trial: Trial, outcome: Outcome, *, shared: Mapping[str, bool], stored: AbstractSet[str],
@@ -203,6 +213,7 @@ class SweepLog:
             "time": manifest["finished"],
         }
         self._journal.metrics(_trial_id(trial), [*curve, final])
+        self._log_panel(_trial_id(trial), trial.final, manifest)
 
     def _cost(self, trial: Trial, paid: AbstractSet[str]) -> dict[str, float]:
         """What the trial's chain costs alone, and what of that sharing saved."""

@@ -72,6 +72,12 @@ def decode_mask(
     return np.asarray(np.sum(parts, axis=0) == 1)
 
 
+def encode_mask(mask_HW: np.ndarray) -> dict[str, Any]:
+    """COCO's compressed run lengths of a bool mask: ``size`` (height, width) and ``counts`` as text."""
+    encoded = _coco().encode(np.asfortranarray(mask_HW, dtype=np.uint8))
+    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+
+
 def union(masks: Iterable[np.ndarray], height: int, width: int) -> np.ndarray:
     """Pixels of any of the masks; of none, an empty mask."""
     total = np.zeros((height, width), dtype=bool)

@@ -22,9 +22,7 @@ TILE_SIDES = (144, 112, 80, 56, 36)
 PAPER, INK = (250, 250, 250), (40, 40, 40)
 GAP, LINE, FONT_SIZE = 6, 16, 11
 DIMMED = 0.35
-HEAT = np.array(
-    [(0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191)], dtype=np.float64
-)
+HEAT = np.array([(0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191)], dtype=np.float64)
 """Colours of 0, 1/4, ... 1, from dark to bright also in grey."""
 _CORNERS = tuple[float, float, float, float]
 
@@ -186,5 +184,5 @@ def _with_palette(image: Image.Image) -> Image.Image:
 
 def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    image.save(file, "PNG", optimize=image.mode == "P")
+    image.save(file, "PNG")
     return file.getvalue()

@@ -77,7 +77,10 @@ def _rows(
         tiles = [
             Tile(),
             Tile(mask=sample.mask, colour=TRUTH, label="names nothing" if sample.is_empty else ""),
-            Tile(mask=mask_at(output.mask_logits[row], sample.mask.shape, rules).cpu().numpy(), label=labels[row]),
+            Tile(
+                mask=mask_at(output.mask_logits[row], sample.mask.shape, rules).cpu().numpy(),
+                label=labels[row],
+            ),
             *(Tile(scores=scores) for scores in _scores(output, row)),
         ]
         yield PanelRow(

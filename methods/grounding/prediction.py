@@ -111,9 +111,7 @@ class Grounder:
         output: GroundingOutput = self._network(batch)
         return output
 
-    def _prediction(
-        self, output: GroundingOutput, row: int, text: str, size: Sequence[int]
-    ) -> Prediction:
+    def _prediction(self, output: GroundingOutput, row: int, text: str, size: Sequence[int]) -> Prediction:
         mask = mask_at(output.mask_logits[row], size, self.rules).cpu().numpy()
         says_none, cleared = self._rejection(output, row, mask)
         if cleared:
