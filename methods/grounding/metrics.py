@@ -10,7 +10,7 @@ Shape legend: B = batch, H, W = sides of masks at the size where they are compar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -121,15 +121,16 @@ def judge(
 
 def _masks(logits_B1HW: Tensor, truths: list[Tensor], rules: EvaluationProtocol) -> list[Tensor]:
     """Predicted pixels of each row at the size of its truth: logits are up-sampled, never masks."""
-    return [mask_at(row, truth.shape, rules) for row, truth in zip(logits_B1HW, truths, strict=True)]
+    limit = math.log(rules.threshold / (1 - rules.threshold))
+    logits = logits_B1HW.float()
+    return [
+        (row if row.shape[1:] == truth.shape else _resized(row, truth))[0] > limit
+        for row, truth in zip(logits, truths, strict=True)
+    ]
 
 
-def mask_at(logits_1hw: Tensor, size: Sequence[int], rules: EvaluationProtocol) -> Tensor:
-    """Predicted pixels at ``size`` (height, width), bool ``[H, W]``: logits are up-sampled and then compared."""
-    logits = logits_1hw.float()
-    if logits.shape[1:] != tuple(size):
-        logits = F.interpolate(logits[None], tuple(size), mode="bilinear", align_corners=False)[0]
-    return logits[0] > math.log(rules.threshold / (1 - rules.threshold))
+def _resized(logits_1HW: Tensor, truth: Tensor) -> Tensor:
+    return F.interpolate(logits_1HW[None], truth.shape, mode="bilinear", align_corners=False)[0]
 
 
 def _stacked(masks: list[Tensor], truths: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -176,7 +177,8 @@ def sums_of(judged: Judged, rules: EvaluationProtocol) -> dict[str, Tensor]:
     """Whole numbers that add up over batches and workers."""
     says_none, cleared = _says_none(judged, rules)
     zero = torch.zeros_like(judged.unions)
-    intersections, unions = _cleared(judged, cleared)
+    intersections = torch.where(cleared, zero, judged.intersections)
+    unions = torch.where(cleared, judged.truth, judged.unions)
     ratios = _ratios(intersections, unions, rules)
     has_target = ~judged.is_empty
     targets = has_target.long()
@@ -204,28 +206,24 @@ def sums_of(judged: Judged, rules: EvaluationProtocol) -> dict[str, Tensor]:
     }
 
 
-def judged_ious(judged: Judged, rules: EvaluationProtocol) -> Tensor:
-    """Overlap of each prediction with its truth as ``rules`` count it, 0..1, ``[B]`` float64."""
-    return _ratios(*_cleared(judged, _says_none(judged, rules)[1]), rules)
-
-
-def judged_none(judged: Judged, rules: EvaluationProtocol) -> Tensor:
-    """Whether each prediction counts as saying that nothing is named, ``[B]`` bool."""
-    return _says_none(judged, rules)[0]
-
-
-def _cleared(judged: Judged, cleared: Tensor) -> tuple[Tensor, Tensor]:
-    """Intersections and unions, where the masks of rejected sentences are emptied."""
-    intersections = torch.where(cleared, torch.zeros_like(judged.unions), judged.intersections)
-    return intersections, torch.where(cleared, judged.truth, judged.unions)
-
-
 def _says_none(judged: Judged, rules: EvaluationProtocol) -> tuple[Tensor, Tensor]:
     """Whether each prediction says that nothing is named, and whether its mask is emptied for that."""
     if rules.none_rule == "area":
         small = judged.predicted < max(1, rules.min_area)
         return small, small
     return judged.flags, judged.flags & (rules.none_rule == "flag_clears_mask")
+
+
+def judged_ious(judged: Judged, rules: EvaluationProtocol) -> Tensor:
+    """Overlap of each prediction with its truth as ``sums_of`` counts it, 0..1, ``[B]`` float64."""
+    _, cleared = _says_none(judged, rules)
+    intersections = torch.where(cleared, torch.zeros_like(judged.unions), judged.intersections)
+    return _ratios(intersections, torch.where(cleared, judged.truth, judged.unions), rules)
+
+
+def judged_none(judged: Judged, rules: EvaluationProtocol) -> Tensor:
+    """Whether each prediction counts as saying that nothing is named, ``[B]`` bool."""
+    return _says_none(judged, rules)[0]
 
 
 def _ratios(intersections: Tensor, unions: Tensor, rules: EvaluationProtocol) -> Tensor:

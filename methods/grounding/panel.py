@@ -10,6 +10,7 @@ Shape legend: B = pictures shown, N = latent expressions, S = side of the square
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from methods.data.randomness import hashes
 from methods.grounding.contracts import GroundingBatch, GroundingOutput
 from methods.grounding.drawing import TRUTH, PanelRow, Tile, draw_panel
-from methods.grounding.metrics import Judged, judge, judged_ious, judged_none, mask_at
+from methods.grounding.metrics import Judged, judge, judged_ious, judged_none
 from methods.grounding.protocols import EvaluationProtocol, protocol_named
 from methods.grounding.stream import GroundingStream
 
@@ -72,15 +73,13 @@ def _rows(
 ) -> Iterator[PanelRow]:  # fmt: skip
     ids = stream.indices[positions]
     labels = _labels(judged, rules)
+    masks = output.mask_logits[:, 0] > math.log(rules.threshold / (1 - rules.threshold))
     for row, (index, sentence) in enumerate(zip(ids.tolist(), stream.expressions.sentences(ids), strict=True)):  # fmt: skip
         sample = stream.expressions.sample(index)
         tiles = [
             Tile(),
             Tile(mask=sample.mask, colour=TRUTH, label="names nothing" if sample.is_empty else ""),
-            Tile(
-                mask=mask_at(output.mask_logits[row], sample.mask.shape, rules).cpu().numpy(),
-                label=labels[row],
-            ),
+            Tile(mask=masks[row].cpu().numpy(), label=labels[row]),
             *(Tile(scores=scores) for scores in _scores(output, row)),
         ]
         yield PanelRow(

@@ -5,21 +5,22 @@ Shape legend: H, W = sides of the picture, S = side of the square input, B = tex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from methods.data.augment import Normalise
 from methods.data.base import DataError
 from methods.data.decode import stretched
 from methods.grounding.boxes import box_of_mask, corners
 from methods.grounding.contracts import GroundingBatch, GroundingOutput, GroundingTask
-from methods.grounding.metrics import mask_at
-from methods.grounding.protocols import protocol_named
+from methods.grounding.protocols import EvaluationProtocol, protocol_named
 from methods.grounding.vocabulary import Vocabulary, encode, vocabulary_from, words_of
 
 MAX_BATCH = 8
@@ -112,7 +113,7 @@ class Grounder:
         return output
 
     def _prediction(self, output: GroundingOutput, row: int, text: str, size: Sequence[int]) -> Prediction:
-        mask = mask_at(output.mask_logits[row], size, self.rules).cpu().numpy()
+        mask = _mask_at(output.mask_logits[row], size, self.rules)
         says_none, cleared = self._rejection(output, row, mask)
         if cleared:
             mask = np.zeros_like(mask)
@@ -141,6 +142,13 @@ class Grounder:
         """The words of which the vocabulary knows no, or not every, piece; each once."""
         words = dict.fromkeys(words_of(text))
         return tuple(word for word in words if self.vocabulary.pieces(word)[1])
+
+
+def _mask_at(logits_1SS: Tensor, size: Sequence[int], rules: EvaluationProtocol) -> np.ndarray:
+    """Pixels of the mask at ``size`` (height, width), bool ``[H, W]``: logits are up-sampled, as for the metrics."""
+    logits = F.interpolate(logits_1SS.float()[None], tuple(size), mode="bilinear", align_corners=False)[0, 0]
+    mask: np.ndarray = (logits > math.log(rules.threshold / (1 - rules.threshold))).cpu().numpy()
+    return mask
 
 
 def _box(output: GroundingOutput, row: int, mask_HW: np.ndarray) -> _CORNERS:

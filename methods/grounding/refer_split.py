@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from methods.data.base import DataError
-from methods.data.decode import decode, stretched
+from methods.data.decode import decode
 from methods.grounding.annotation_masks import decode_mask, union
 from methods.grounding.boxes import box_of_mask, centred
 from methods.grounding.expressions import Sample
@@ -171,7 +171,9 @@ class ReferSplit:
                 f"{where} is {pixels.shape[1]} x {pixels.shape[2]} (height x width), but the annotations are for "
                 f"{size[0]} x {size[1]}: masks would lie beside their objects"
             )
-        small = stretched(pixels, self._image_size)
+        image = Image.fromarray(pixels.transpose(1, 2, 0))
+        side = (self._image_size, self._image_size)
+        small = np.asarray(image.resize(side, Image.Resampling.BILINEAR)).transpose(2, 0, 1)
         return small, small.nbytes
 
     def _target(self, reference: Reference, size: tuple[int, int]) -> tuple[Target, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiment_cases import planner_of, spec_of
 
@@ -33,14 +33,22 @@ def changes(stage: Mapping[str, Any] = LATENT, data: Mapping[str, Any] = SHAPES)
     }  # fmt: skip
 
 
+class StoredTrial(NamedTuple):
+    """A finished trial."""
+
+    store: Store
+    trial: Trial
+    spec: ExperimentSpec
+
+
 def stored(
     folder: Path, document: Mapping[str, Any] | None = None, catalog: Catalog = BUILTIN
-) -> tuple[Store, Trial, ExperimentSpec]:
-    """Run the experiment's one trial in this process; the store, the trial and the specification."""
+) -> StoredTrial:
+    """Run the experiment's one trial in this process."""
     document = changes() if document is None else document
     store = Store(str(folder))
     trial = planner_of(document, catalog=catalog).trial(Point(), 0)
     runner = StageRunner(store, catalog, RunSettings(), lambda data: data.source.load())
     for stage in trial.stages:
         runner.execute(stage, lambda row: None)
-    return store, trial, spec_of(document, catalog)
+    return StoredTrial(store, trial, spec_of(document, catalog))

@@ -25,6 +25,7 @@ COMMANDS = (
     "stop",
     "show",
     "export",
+    "predict",
     "methods",
     "models",
     "doctor",

@@ -32,17 +32,6 @@ from orchestrator.tracking_state import MirrorState, state_path
 DRAIN_SECONDS = 60.0
 
 
-@pytest.fixture(scope="module")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its tables, copied by every test: making them takes seconds."""
-    folder = tmp_path_factory.mktemp("migrated")
-    mirror = Mirror(folder / "j.jsonl", f"sqlite:///{folder}/mlflow.db", "other")
-    Journal(folder / "j.jsonl").run("x", name="x", parent=None, kind="sweep")
-    mirror.start()
-    assert mirror.close(DRAIN_SECONDS) == 0
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def uri(tmp_path: Path, migrated: Path) -> str:
     shutil.copy(migrated, tmp_path / "mlflow.db")
