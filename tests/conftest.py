@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so is it for what a shell starts with `&`
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else Ctrl-C would reach nothing that a test starts
 
 
 @pytest.fixture(scope="session", autouse=True)
