@@ -105,19 +105,16 @@ def table(
     settings = list(dict.fromkeys(name for row in rows for name in row.settings))
     reference = _reference(points, baseline, objectives[0])
     split = _difference_split(points, reference, objectives[0])
-    tests = _measured_on_test(rows, [objective.name for objective in objectives])
     beside = [on_test(name) if _measured_on_test(rows, [name]) else name for name in shown]
+    finals = [*_measured_on_test(rows, [objective.name for objective in objectives]), *beside]
     told = _telling_costs(rows, prices)
     lines = []
     for point in points.values():
-        line = _line(point, settings, [objective.name for objective in objectives], [*tests, *beside])
+        line = _line(point, settings, [objective.name for objective in objectives], finals)
         if reference:
             line |= _difference(point, reference, objectives[0], split)
-        lines.append(
-            line
-            | _ending(point)
-            | {name: held for name, held in _held(point, prices).items() if name in told}
-        )
+        held = _held(point, prices)
+        lines.append(line | _ending(point) | {name: held[name] for name in held if name in told})
     frame = pd.DataFrame(lines)
     if reference and lines:
         frame["adjusted p"] = holm(frame["p"].tolist())
