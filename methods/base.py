@@ -313,11 +313,12 @@ class Method(nn.Module, ABC):
         count = float(totals["count"])
         return {name: float(total) / count for name, total in totals.items() if name != "count"}
 
-    def panel(self, validation: Any) -> bytes | None:
+    @classmethod
+    def panel(cls, network: nn.Module, validation: Any) -> bytes | None:
         """A PNG that shows what the trained network does with a few samples of ``validation`` (a stream of the data set).
 
-        Called once, when the stage is about to be stored. The choice must not depend on the trial, so that trials can
-        be compared. None where there is nothing to see.
+        ``network`` is what ``artifact`` gives. The choice of samples must not depend on the trial, so that trials can be
+        compared. None where there is nothing to see.
         """
         return None
 

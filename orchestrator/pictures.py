@@ -36,7 +36,7 @@ class Drawn:
 def draw_stage(stage: PlannedStage, method: Method, validation: SampleStream) -> Drawn:
     """Let a trained method draw its panel. A failure is told and costs the stage nothing but its pictures."""
     try:
-        panel = method.panel(validation)
+        panel = method.panel(method.artifact(), validation)
     except Exception as error:  # whatever goes wrong here, hours of training are worth more
         reason = hide(f"{type(error).__name__}: {error}")
         logger.warning(

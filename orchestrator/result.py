@@ -19,7 +19,7 @@ from orchestrator.cost import NOTHING_SPENT, Spent
 from orchestrator.errors import StorageError
 from orchestrator.plan import Point, Trial
 from orchestrator.report import Report, TrialRow
-from orchestrator.report_pictures import Panel, collect_panels
+from orchestrator.report_pictures import Panel, collect_panels, draw_stored
 from orchestrator.secrecy import hide
 from orchestrator.spec import ExperimentSpec
 from orchestrator.store import Store
@@ -143,11 +143,15 @@ class Result:
         plots = self._plot_where_new(folder, table)
         path = folder / "report.md"
         panels = collect_panels(
-            self.store, self.rows, self._table, list(self.spec.baselines), folder / "panels"
+            self.store, self.rows, self._table, list(self.spec.baselines), folder / "panels", self._draw
         )
         text = report.to_markdown(self._report(folder, plots, panels), self._table)
         path.write_text(hide(text), encoding="utf-8")
         return path
+
+    def _draw(self, key: str) -> bytes | None:
+        """The panel of a trial's last stage, for what was stored before there were panels."""
+        return draw_stored(self.store, self.trials[key].final, self.spec.catalog)
 
     def _plot_where_new(self, folder: Path, table: str) -> list[Path]:
         """The pictures; those that are there already where they show the same, since drawing takes seconds."""

@@ -141,8 +141,9 @@ class GroundingMethod(Method):
     def summarise(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
         return summarise_grounding(totals)
 
-    def panel(self, validation: Any) -> bytes | None:
-        return grounding_panel(self.network, validation)
+    @classmethod
+    def panel(cls, network: nn.Module, validation: Any) -> bytes | None:
+        return grounding_panel(network, validation)
 
     def artifact(self) -> nn.Module:
         return self.network

@@ -13,6 +13,7 @@ import pytest
 from grounding_artifact import StoredTrial, changes, stored
 from PIL import Image
 
+from methods.grounding.refer import Refer
 from orchestrator.dispatch import Outcome
 from orchestrator.journal import Journal, read_records
 from orchestrator.pictures import PANEL
@@ -131,6 +132,27 @@ def test_the_report_shows_the_best_points_and_some_baselines(tmp_path: Path) -> 
     assert shown == [*(f"point p{n} seed 0" for n in (5, 4, 3, 2)), "base2 b2 seed 0", "base1 b1 seed 0"]
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert files == {f"grounder-{key[:8]}.png": key.encode() for key in [*keys[2:6], *keys[7:9]]}
+
+
+def test_a_panel_that_was_not_stored_is_drawn_from_the_stored_network(
+    trained: Trained, tmp_path: Path
+) -> None:
+    """As for what was trained before there were panels. Drawn once; where the data is gone, told."""
+    store, key = Store(str(tmp_path / "store")), trained.trial.key
+    manifest = trained.store.manifest(key)
+    files = {name: trained.store.read(key, name) for name in manifest["files"] if name != PANEL}
+    own = {"files", "attempt", "created", "checksum"}
+    store.put(key, files, {name: value for name, value in manifest.items() if name not in own})
+    old = replace(trained, store=store)
+    old.result(tmp_path).write()
+    path = tmp_path / "report" / "panels" / f"grounder-{key[:8]}.png"
+    assert path.read_bytes() == trained.panel
+    final = trained.trial.final
+    gone = replace(final, data=replace(final.data, source=Refer(root=str(tmp_path / "gone"), collection="pack")))  # fmt: skip
+    without_data = replace(old, trial=replace(trained.trial, stages=(gone,)))
+    assert f"({path.parent.name}/{path.name})" in without_data.result(tmp_path).write().read_text()
+    text = without_data.result(tmp_path / "new").write().read_text()
+    assert f"({key[:8]}): not drawn: DataError: " in text
 
 
 def test_trials_without_pictures_need_no_section(tmp_path: Path) -> None:

@@ -203,6 +203,6 @@ def test_a_method_without_latent_expressions_draws_itself() -> None:
     source = ShapesRef(num_train=4, num_validation=3, num_test=4)
     settings = SharedRIS.Settings(**{**SharedRIS.presets["shared_ris_small"], "width": 48, "channels": 16})
     method = SharedRIS(settings, task=source.load().task(), model=None, inputs={})
-    png = method.panel(validation(source))
+    png = method.panel(method.artifact(), validation(source))
     assert png is not None
     assert decoded(png).height > 300
