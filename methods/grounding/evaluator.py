@@ -137,7 +137,7 @@ class Evaluator:
         return float(low), float(high)
 
     def _refuse_other_masks(self, rules: EvaluationProtocol) -> None:
-        for name in ("size", "threshold", "overlap", "rasteriser"):
+        for name in ("size", "threshold", "overlap", "rasteriser", "resampling", "scaled_polygons"):
             own, wanted = getattr(self.protocol, name), getattr(rules, name)
             if own != wanted:
                 raise ValueError(

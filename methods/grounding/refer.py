@@ -22,6 +22,7 @@ from methods.checks import check_choice
 from methods.data.base import DataError
 from methods.data.files import combined_digest, content_digest, folder, listing
 from methods.grounding.expressions import refuse_shared_pictures
+from methods.grounding.fit import FITS, Fit
 from methods.grounding.protocols import protocol_named
 from methods.grounding.refer_index import (
     Index,
@@ -34,7 +35,7 @@ from methods.grounding.refer_index import (
 )
 from methods.grounding.refer_photos import packed_photos
 from methods.grounding.refer_split import JoinedSplits, Kept, ReferSplit
-from methods.grounding.source import GroundingData, GroundingSource, not_default
+from methods.grounding.source import NORMALISATIONS, GroundingData, GroundingSource, not_default
 from methods.grounding.vocabulary import HuggingFaceVocabulary, Vocabulary, encode, vocabulary_of
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,8 @@ class Refer(GroundingSource):
     join: tuple[str, ...] = ()
     """Other collections under ``root`` (``refcoco+``, ``refcocog/umd``) that are learnt from too. Pictures in a validation
     or test split of any of them are then left out of training."""
+    fit: Fit = "stretch"
+    """How photos come into the square: stretched, or whole on a margin of the normalisation's mean (``letterbox``)."""
     allow_shared_pictures: bool = False
     """Go on although pictures are in several splits, as in the google partition: such numbers flatter."""
 
@@ -93,7 +96,7 @@ class Refer(GroundingSource):
         GroundingSource.__post_init__(self)
         check_choice(
             self, collection=tuple(TEST_SPLITS), sentences_per_object=("all", "one"),
-            no_target=("keep", "drop"), sentence_field=("sent", "raw"),
+            no_target=("keep", "drop"), sentence_field=("sent", "raw"), fit=FITS,
         )  # fmt: skip
         partitions = PARTITIONS.get(self.collection, ())
         if self.split_by not in partitions and (self.split_by or len(partitions) > 1):
@@ -174,7 +177,8 @@ class Refer(GroundingSource):
         splits = {
             split: ReferSplit(
                 index, [item for item in references if in_split(item, split)], photos, name=f"{self.name}/{split}",
-                image_size=self.image_size, rules=rules, kept=kept,
+                image_size=self.image_size, rules=rules, kept=kept, fit=self.fit,
+                margin=NORMALISATIONS[self.normalisation][0],
             )
             for split in names
         }  # fmt: skip
