@@ -153,11 +153,15 @@ class ReferSplit:
 
     def sample_id(self, index: int) -> str:
         """``collection/by/split/ref12/sent34``: the same in every run."""
-        reference = self._references[self.objects[index]]
+        reference = self.reference(index)
         return f"{self._name}/ref{reference.ref_id}/sent{self._text_ids[index]}"
 
+    def reference(self, index: int) -> Reference:
+        """Whom the expression at this position names."""
+        return self._references[self.objects[index]]
+
     def sample(self, index: int, *, with_original: bool = False) -> Sample:
-        reference = self._references[self.objects[index]]
+        reference = self.reference(index)
         picture = self.index.pictures[reference.image_id]
         size = (int(picture["height"]), int(picture["width"]))
         target = self._kept.get(("mask", reference.ref_id, self._name), lambda: self._target(reference, size))
