@@ -38,7 +38,8 @@ def frame_of(height: int, width: int, side: int, fit: Fit) -> Frame:
 
 def fitted_photo(pixels_HW3: np.ndarray, side: int, fit: Fit, margin: tuple[float, ...]) -> np.ndarray:
     """uint8 ``[3, S, S]``: stretched bilinearly, or letterboxed bicubically on a ``margin`` of that colour (0..1)."""
-    frame = frame_of(*pixels_HW3.shape[:2], side, fit)
+    height, width = pixels_HW3.shape[:2]
+    frame = frame_of(height, width, side, fit)
     how = Image.Resampling.BILINEAR if fit == "stretch" else Image.Resampling.BICUBIC
     small = np.asarray(Image.fromarray(pixels_HW3).resize((frame.width, frame.height), how))
     if fit == "stretch":
@@ -51,7 +52,8 @@ def fitted_photo(pixels_HW3: np.ndarray, side: int, fit: Fit, margin: tuple[floa
 
 def fitted_mask(mask_HW: np.ndarray, side: int, fit: Fit) -> np.ndarray:
     """Bool ``[S, S]``: the mask as its picture is fitted, by the nearest pixel."""
-    frame = frame_of(*mask_HW.shape, side, fit)
+    height, width = mask_HW.shape
+    frame = frame_of(height, width, side, fit)
     small = Image.fromarray(mask_HW).resize((frame.width, frame.height), Image.Resampling.NEAREST)
     return _in_square(np.asarray(small, dtype=bool), frame, side)
 

@@ -96,7 +96,7 @@ def _task(
         )
     try:
         image_id, structure = int(task["image_id"]), task.get("phrase_structure") or {}
-        instances = [
+        instances: list[dict[str, Any]] = [
             {"id": first_id + number, "image_id": image_id, "segmentation": [_flat(part) for part in parts]}
             for number, parts in enumerate(task["Polygons"])
         ]

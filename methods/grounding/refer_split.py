@@ -158,7 +158,7 @@ class ReferSplit:
 
     def reference(self, index: int) -> Reference:
         """Whom the expression at this position names."""
-        return self._references[self.objects[index]]
+        return self._references[int(self.objects[index])]
 
     def sample(self, index: int, *, with_original: bool = False) -> Sample:
         reference = self.reference(index)
