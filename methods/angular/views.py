@@ -43,7 +43,7 @@ from methods.angular.settings import AngularViewsSettings
 from methods.base import Batch, InputStage, Method, Signals, Source, Step, Task, Teacher
 from methods.distil.refusals import plain_only
 from methods.losses import soften
-from methods.measures import classification_sums
+from methods.measures import classification_sums, ranks
 from methods.teachers import freeze, teacher_for
 
 
@@ -163,7 +163,8 @@ class AngularViews(Method):
 
 def _member_accuracies(members_BMC: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
     """Summed top-1 (100 per hit) of the teacher, of each head, and of the heads on average."""
-    hits_M = 100 * (members_BMC.argmax(dim=-1) == labels_B[:, None]).sum(dim=0, dtype=members_BMC.dtype)
+    ranks_BM = ranks(members_BMC, labels_B[:, None].expand(members_BMC.shape[:2]))
+    hits_M = 100 * (ranks_BM == 0).sum(dim=0, dtype=members_BMC.dtype)
     return {
         "teacher_top1": hits_M[0],
         "head_top1": hits_M[1:].mean(),

@@ -41,6 +41,9 @@ class GroundingBatch(NamedTuple):
     """Which of ``control_ids`` are real, ``[B, L]``."""
     original_masks: tuple[Tensor, ...] = ()
     """Truth at the size of each stored picture, uint8 ``[h_i, w_i]``: where a protocol is judged at that size."""
+    frames: Tensor | None = None
+    """Where pictures lie in the square, ``[B, 4]`` int64 top, left, height, width in pixels; None where they fill it. Only
+    in evaluation."""
 
     def rolled(self) -> GroundingBatch | None:
         """The same pictures, each with the sentence of the next picture of its split; None where there are none.

@@ -18,6 +18,7 @@ from methods.grounding.contracts import GroundingBatch, GroundingOutput
 from methods.grounding.metrics import Judged, judge, summarise_grounding, sums_of
 from methods.grounding.protocols import EvaluationProtocol, protocol_named
 from methods.grounding.stream import GroundingStream
+from methods.measures.table import SampleTable
 
 NUM_DRAWS = 1000
 SHOWN = ("miou", "oiou", "pr50", "giou", "ciou", "n_acc", "t_acc", "rec50")
@@ -62,7 +63,7 @@ class Evaluator:
 
     def __init__(self, protocol: str = "ours", data: str = "") -> None:
         self.protocol, self.data = protocol_named(protocol), data
-        self._rows: dict[str, Row] = {}
+        self._table: SampleTable[Row] = SampleTable("expression")
 
     def update(
         self,
@@ -76,7 +77,7 @@ class Evaluator:
         columns = zip(*(column.tolist() for column in judged), strict=True)
         for sample_id, picture, values in zip(sample_ids, pictures, columns, strict=True):
             named = dict(zip(_COLUMNS, values, strict=True))
-            self._add(Row(sample_id=sample_id, picture=int(picture), **named))
+            self._table.add(sample_id, Row(sample_id=sample_id, picture=int(picture), **named))
 
     def merge(self, other: Evaluator) -> None:
         """Take over the rows of another worker."""
@@ -84,13 +85,12 @@ class Evaluator:
             raise ValueError(
                 f"rows of protocol {other.protocol.name!r} cannot be added to rows of {self.protocol.name!r}"
             )
-        for row in other._rows.values():
-            self._add(row)
+        self._table.merge(other._table)
 
     @property
     def rows(self) -> list[Row]:
         """All rows by their ids: the table that is kept beside the numbers."""
-        return [self._rows[name] for name in sorted(self._rows)]
+        return self._table.rows()
 
     def table(self) -> list[dict[str, Any]]:
         """The rows as plain values."""
@@ -115,12 +115,7 @@ class Evaluator:
         """
         rules = self.protocol if protocol is None else protocol_named(protocol)
         self._refuse_other_masks(rules)
-        missing = sorted(set(expected) - self._rows.keys())
-        if missing:
-            raise ValueError(
-                f"{len(missing)} expressions were not judged, for instance {', '.join(missing[:3])}"
-            )
-        rows = [row for row in self.rows if where is None or where(row)]
+        rows = [row for row in self._table.rows(expected) if where is None or where(row)]
         metrics = summarise_grounding(sums_of(_judged(rows), rules))
         return Scores(protocol=rules.name, data=self.data, num_expressions=len(rows), metrics=metrics)
 
@@ -141,16 +136,8 @@ class Evaluator:
         low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
 
-    def _add(self, row: Row) -> None:
-        known = self._rows.setdefault(row.sample_id, row)
-        if known != row:
-            raise ValueError(
-                f"expression {row.sample_id!r} came twice with other counts: {known} and {row}; ids must be unique, and a "
-                "repeated sample must be judged alike"
-            )
-
     def _refuse_other_masks(self, rules: EvaluationProtocol) -> None:
-        for name in ("size", "threshold", "overlap", "rasteriser"):
+        for name in ("size", "threshold", "overlap", "rasteriser", "resampling", "scaled_polygons"):
             own, wanted = getattr(self.protocol, name), getattr(rules, name)
             if own != wanted:
                 raise ValueError(

@@ -12,6 +12,7 @@ import numpy as np
 
 from methods.data.base import DataError
 from methods.data.randomness import hashes
+from methods.grounding.fit import Frame
 
 
 class Sample(NamedTuple):
@@ -29,6 +30,8 @@ class Sample(NamedTuple):
     """Height and width of the stored picture."""
     original_mask: np.ndarray | None
     """uint8 ``[H, W]``: only when it was asked for, and when its size is another than the input's."""
+    frame: Frame | None = None
+    """Where in the square the picture lies; None where it fills it."""
 
 
 class Expressions(Protocol):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from methods.grounding.boxes import box_iou, box_of_mask, corners
 from methods.grounding.contracts import GroundingBatch, GroundingOutput
+from methods.grounding.fit import picture_corners
 from methods.grounding.protocols import EvaluationProtocol, protocol_named
 
 TENTHS = (5, 6, 7, 8, 9)
@@ -109,28 +110,39 @@ def judge(
         ValueError: The truth at the size of stored pictures is wanted, but not in the batch.
     """
     truths = _truths(batch, rules)
-    masks = _masks(output.mask_logits, truths, rules)
+    frames = batch.frames if rules.size == "original" else None
+    masks = _masks(output.mask_logits, truths, frames, rules)
     counts = [_counts(mask, truth) for mask, truth in _stacked(masks, truths)]
     intersections, unions, predicted, areas = torch.cat(counts, dim=1)
     says_none = predicted == 0 if output.empty_logit is None else output.empty_logit > 0
-    overlaps = _box_ious(output, masks, truths) if with_boxes else torch.zeros(len(truths)).double()
+    overlaps = _box_ious(output, masks, truths, frames) if with_boxes else torch.zeros(len(truths)).double()
     return Judged(
         intersections, unions, predicted, areas, batch.is_empty, says_none, overlaps.to(areas.device)
     )
 
 
-def _masks(logits_B1HW: Tensor, truths: list[Tensor], rules: EvaluationProtocol) -> list[Tensor]:
-    """Predicted pixels of each row at the size of its truth: logits are up-sampled, never masks."""
-    limit = math.log(rules.threshold / (1 - rules.threshold))
-    logits = logits_B1HW.float()
-    return [
-        (row if row.shape[1:] == truth.shape else _resized(row, truth))[0] > limit
-        for row, truth in zip(logits, truths, strict=True)
-    ]
+def _masks(
+    logits_B1HW: Tensor, truths: list[Tensor], frames_B4: Tensor | None, rules: EvaluationProtocol
+) -> list[Tensor]:
+    """Predicted pixels of each row at the size of its truth: what lies around a letterboxed picture is left out."""
+    rows = list(logits_B1HW.float())
+    if frames_B4 is not None:
+        places = frames_B4.tolist()
+        rows = [
+            row[:, top : top + height, left : left + width]
+            for row, (top, left, height, width) in zip(rows, places, strict=True)
+        ]
+    return [_resampled(row, truth.shape, rules)[0] for row, truth in zip(rows, truths, strict=True)]
 
 
-def _resized(logits_1HW: Tensor, truth: Tensor) -> Tensor:
-    return F.interpolate(logits_1HW[None], truth.shape, mode="bilinear", align_corners=False)[0]
+def _resampled(logits_1HW: Tensor, sides: torch.Size, rules: EvaluationProtocol) -> Tensor:
+    """Which pixels belong to the mask: logits or probabilities are brought to its size, never masks."""
+    if logits_1HW.shape[1:] != sides and rules.resampling == "cubic_probabilities":
+        probabilities = F.interpolate(logits_1HW[None].sigmoid(), sides, mode="bicubic", align_corners=False)
+        return probabilities[0] > rules.threshold
+    if logits_1HW.shape[1:] != sides:
+        logits_1HW = F.interpolate(logits_1HW[None], sides, mode="bilinear", align_corners=False)[0]
+    return logits_1HW > math.log(rules.threshold / (1 - rules.threshold))
 
 
 def _stacked(masks: list[Tensor], truths: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -160,15 +172,20 @@ def _truths(batch: GroundingBatch, rules: EvaluationProtocol) -> list[Tensor]:
     return list(masks)
 
 
-def _box_ious(output: GroundingOutput, masks: list[Tensor], truths: list[Tensor]) -> Tensor:
+def _box_ious(
+    output: GroundingOutput, masks: list[Tensor], truths: list[Tensor], frames_B4: Tensor | None
+) -> Tensor:
     """Overlap of predicted and true box, ``[B]`` float64."""
     overlaps = []
     for row, (mask, truth) in enumerate(zip(masks, truths, strict=True)):
         wanted = box_of_mask(truth.cpu().numpy())
         if output.boxes is None:
             found = np.array([box_of_mask(mask.cpu().numpy(), largest_component=True)])
-        else:
+        elif frames_B4 is None:
             found = corners(output.boxes[row : row + 1], *truth.shape).cpu().numpy()
+        else:
+            inside = corners(output.boxes[row : row + 1], *output.mask_logits.shape[-2:])
+            found = picture_corners(inside, frames_B4[row], *truth.shape).cpu().numpy()
         overlaps.append(float(box_iou(found, np.array([wanted]))[0, 0]))
     return torch.tensor(overlaps, dtype=torch.float64)
 

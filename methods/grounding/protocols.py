@@ -1,7 +1,8 @@
 """How predictions are judged: named protocols, because the same masks give other numbers in other houses.
 
-The presets follow the evaluators that their authors published. What a preset cannot reproduce is the geometry of the
-input (CRIS and ETRIS letterbox to 416 pixels, we stretch to a square) and what is counted during training.
+The presets follow the evaluators that their authors published. The geometry of the input belongs to the data: CRIS and
+ETRIS are reproduced with ``image_size: 416, fit: letterbox`` beside ``protocol: cris``. What is counted during training
+(one random sentence in some, the first in others) is not reproduced.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ Overlap = Literal["union", "sum_is_one"]
 Rasteriser = Literal["coco", "pil"]
 Comparison = Literal["at_least", "above", "above_float32"]
 NoneRule = Literal["flag", "flag_clears_mask", "area"]
+Resampling = Literal["bilinear_logits", "cubic_probabilities"]
 CHOICES = {
     "size": ("original", "model"),
     "overlap": ("union", "sum_is_one"),
     "rasteriser": ("coco", "pil"),
     "comparison": ("at_least", "above", "above_float32"),
     "none_rule": ("flag", "flag_clears_mask", "area"),
+    "resampling": ("bilinear_logits", "cubic_probabilities"),
 }
 
 
@@ -35,6 +38,10 @@ class EvaluationProtocol:
     """What every number that it gives is quoted with."""
     size: Size = "original"
     """Where masks are compared: at the size of the stored picture, to which logits are up-sampled, or of the input."""
+    resampling: Resampling = "bilinear_logits"
+    """What is brought to the size of the truth, and how."""
+    scaled_polygons: bool = False
+    """At the size of the input: polygons are scaled before they become pixels, instead of their pixels afterwards."""
     threshold: float = 0.5
     """Probability above which a pixel belongs to the mask."""
     overlap: Overlap = "union"
@@ -54,6 +61,8 @@ class EvaluationProtocol:
     """Pixels below which ``area`` takes a mask for nothing; an empty mask always is."""
     rejected_keeps_mask: bool = False
     """Whether a target that was wrongly called absent still earns what its mask is worth."""
+    version: int = 1
+    """Raised whenever the same predictions would give other numbers: part of the data's fingerprint."""
 
     def __post_init__(self) -> None:
         check_choice(self, **CHOICES)
@@ -69,9 +78,16 @@ class EvaluationProtocol:
 _ALL = (
     EvaluationProtocol(name="ours"),
     EvaluationProtocol(name="lavt", size="model", overlap="sum_is_one"),
-    EvaluationProtocol(name="cris", threshold=0.35, epsilon=1e-6, comparison="above_float32"),
+    EvaluationProtocol(
+        name="cris",
+        threshold=0.35,
+        epsilon=1e-6,
+        comparison="above_float32",
+        resampling="cubic_probabilities",
+        version=2,
+    ),
     EvaluationProtocol(name="global_local_clip", overlap="sum_is_one"),
-    EvaluationProtocol(name="rela", size="model"),
+    EvaluationProtocol(name="rela", size="model", scaled_polygons=True, version=2),
     EvaluationProtocol(name="gsva", rejected_keeps_mask=True),
     EvaluationProtocol(name="lisa", epsilon=1e-5, empty_union_iou=1.0, none_rule="area"),
     EvaluationProtocol(name="phrasecut", rasteriser="pil", comparison="above"),

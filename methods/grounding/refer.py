@@ -1,8 +1,8 @@
-"""``refer``: photos with sentences - RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO from their original files, or a pack of one's own.
+"""``refer``: photos with sentences - RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO, PhraseCut from their original files, or a pack.
 
 Original files: ``ROOT/refcoco/refs(unc).p`` and ``ROOT/refcoco/instances.json`` (``refcoco+`` and ``refcocog`` alike),
 ``ROOT/grefcoco/grefs(unc).json``, photos of COCO train2014 under ``ROOT/images/train2014``. A pack is one folder with
-``refs.json`` (or ``refs.jsonl``), ``instances.json`` and ``images.parquet``.
+``refs.json`` (or ``refs.jsonl``), ``instances.json`` and ``images.parquet``. PhraseCut: ``methods.grounding.phrasecut``.
 
 A RefCOCOg number always belongs to ``umd`` or ``google``, never to both; the google partition has photos that are both
 learnt from and asked about, and no test split.
@@ -11,8 +11,9 @@ learnt from and asked about, and no test split.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from methods.checks import check_choice
 from methods.data.base import DataError
 from methods.data.files import combined_digest, content_digest, folder, listing
 from methods.grounding.expressions import refuse_shared_pictures
+from methods.grounding.fit import FITS, Fit
+from methods.grounding.phrasecut import PICTURES, read_phrasecut, restricted, task_files
 from methods.grounding.protocols import protocol_named
 from methods.grounding.refer_index import (
     Index,
@@ -34,7 +37,7 @@ from methods.grounding.refer_index import (
 )
 from methods.grounding.refer_photos import packed_photos
 from methods.grounding.refer_split import JoinedSplits, Kept, ReferSplit
-from methods.grounding.source import GroundingData, GroundingSource, not_default
+from methods.grounding.source import NORMALISATIONS, GroundingData, GroundingSource, not_default
 from methods.grounding.vocabulary import HuggingFaceVocabulary, Vocabulary, encode, vocabulary_of
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,7 @@ NUM_REFERENCES: Mapping[str, Mapping[str, int]] = {
     "refcoco+/unc": {"train": 42278, "val": 3805, "testA": 1975, "testB": 1798},
     "refcocog/umd": {"train": 42226, "val": 2573, "test": 5023},
     "refcocog/google": {"train": 44822, "val": 5000},
+    "phrasecut": {"train": 310816, "val": 20316, "test": 14354, "miniv": 821, "val_miniv": 21137},
 }
 """References per split in the published files."""
 TEST_SPLITS = {
@@ -53,6 +57,7 @@ TEST_SPLITS = {
     "refcoco+": "testA",
     "refcocog": "test",
     "grefcoco": "testA",
+    "phrasecut": "test",
     "pack": "test",
 }
 JOINABLE = ("refcoco/unc", "refcoco+/unc", "refcocog/umd", "refcocog/google")
@@ -65,7 +70,7 @@ class Refer(GroundingSource):
 
     root: str
     """Folder of the files."""
-    collection: Literal["refcoco", "refcoco+", "refcocog", "grefcoco", "pack"]
+    collection: Literal["refcoco", "refcoco+", "refcocog", "grefcoco", "phrasecut", "pack"]
     """Which data set lies there."""
     split_by: str = ""
     """Partition: ``umd`` or ``google`` for refcocog, where it must be named; the others have one."""
@@ -86,6 +91,8 @@ class Refer(GroundingSource):
     join: tuple[str, ...] = ()
     """Other collections under ``root`` (``refcoco+``, ``refcocog/umd``) that are learnt from too. Pictures in a validation
     or test split of any of them are then left out of training."""
+    fit: Fit = "stretch"
+    """How photos come into the square: stretched, or whole on a margin of the normalisation's mean (``letterbox``)."""
     allow_shared_pictures: bool = False
     """Go on although pictures are in several splits, as in the google partition: such numbers flatter."""
 
@@ -93,7 +100,7 @@ class Refer(GroundingSource):
         GroundingSource.__post_init__(self)
         check_choice(
             self, collection=tuple(TEST_SPLITS), sentences_per_object=("all", "one"),
-            no_target=("keep", "drop"), sentence_field=("sent", "raw"),
+            no_target=("keep", "drop"), sentence_field=("sent", "raw"), fit=FITS,
         )  # fmt: skip
         partitions = PARTITIONS.get(self.collection, ())
         if self.split_by not in partitions and (self.split_by or len(partitions) > 1):
@@ -129,8 +136,7 @@ class Refer(GroundingSource):
 
     def fingerprint(self) -> str:
         """Covers the bytes of the annotations (and of a pack's photos), and names and sizes of photo files."""
-        parts = (self, *self._others())
-        files = [file for part in parts for file in (part._references_file(), part._instances_file())]
+        files = [file for part in (self, *self._others()) for file in part._annotation_files()]
         settings = [item for item in not_default(self) if item[0] != "root"]
         if self.collection == "pack":
             return combined_digest("refer", VERSION, settings, content_digest([*files, self._photos_file()]))
@@ -138,16 +144,16 @@ class Refer(GroundingSource):
         return combined_digest("refer", VERSION, settings, content_digest(files), photos)
 
     def load(self) -> GroundingData:
-        references, kept = self._references(), Kept()
+        (references, read), kept = self._references(), Kept()
         joined = {other: other._references() for other in self._others()}
-        held_out = pictures_asked_about(references, *joined.values()) if joined else frozenset()
+        held_out = pictures_asked_about(references, *(rows for rows, _ in joined.values())) if joined else frozenset()  # fmt: skip
         names = self._split_names(references)
-        own = self._splits(without_pictures(references, held_out), names, kept)
+        own = self._splits(read(without_pictures(references, held_out)), names, kept)
         train: ReferSplit | JoinedSplits = own["train"]
         if joined:
             more = (
-                other._splits(without_pictures(rows, held_out), ["train"], kept)["train"]
-                for other, rows in joined.items()
+                other._splits(read_other(without_pictures(rows, held_out)), ["train"], kept)["train"]
+                for other, (rows, read_other) in joined.items()
             )
             train = JoinedSplits([own["train"], *more])
         splits = {**own, "train": train}
@@ -164,23 +170,21 @@ class Refer(GroundingSource):
             notes=self._notes(splits, vocabulary, own[self.test_name].index),
         )
 
-    def _splits(
-        self, references: Sequence[Reference], names: Sequence[str], kept: Kept
-    ) -> dict[str, ReferSplit]:
-        index = read_index(self._instances_file(), references)
+    def _splits(self, index: Index, names: Sequence[str], kept: Kept) -> dict[str, ReferSplit]:
         if index.num_short_polygons:
             logger.warning("%s: %d polygons of fewer than three points add nothing", self.name, index.num_short_polygons)  # fmt: skip
         photos, rules = self._photos(index), protocol_named(self.protocol)
         splits = {
             split: ReferSplit(
-                index, [item for item in references if in_split(item, split)], photos, name=f"{self.name}/{split}",
-                image_size=self.image_size, rules=rules, kept=kept,
+                index, [item for item in index.references if in_split(item, split)], photos, name=f"{self.name}/{split}",
+                image_size=self.image_size, rules=rules, kept=kept, fit=self.fit,
+                margin=NORMALISATIONS[self.normalisation][0],
             )
             for split in names
         }  # fmt: skip
         for split, content in splits.items():
             if not len(content):
-                known = ", ".join(sorted({item.split for item in references}))
+                known = ", ".join(sorted({item.split for item in index.references}))
                 raise DataError(f"{self.root}: split {split!r} has no reference; there are {known}")
         return splits
 
@@ -189,8 +193,16 @@ class Refer(GroundingSource):
         names = (name.split("/") for name in self.join)
         return [replace(self, collection=name, split_by=by, join=(), test_split="") for name, by in names]  # type: ignore[arg-type]
 
-    def _references(self) -> list[Reference]:
-        return self._wanted(read_references(self._references_file(), self.sentence_field))
+    def _references(self) -> tuple[list[Reference], Callable[[Sequence[Reference]], Index]]:
+        """References that are wanted, and what finds the pictures and annotations of those that are kept."""
+        if self.collection == "phrasecut":
+            references, index = read_phrasecut(self._folder(), self._phrasecut_splits())
+            return self._wanted(references), partial(restricted, index)
+        references = read_references(self._references_file(), self.sentence_field)
+        return self._wanted(references), partial(read_index, self._instances_file())
+
+    def _phrasecut_splits(self) -> list[str]:
+        return list(dict.fromkeys(("train", "val", self.test_name)))
 
     def _wanted(self, references: list[Reference]) -> list[Reference]:
         kept = [item for item in references if item.annotation_ids or self.no_target == "keep"]
@@ -205,7 +217,7 @@ class Refer(GroundingSource):
 
     def _split_names(self, references: Sequence[Reference]) -> list[str]:
         """Training, validation where there is one beside the test split, and the test split."""
-        has_validation = any(item.split == "val" for item in references)
+        has_validation = self.test_name != "val_miniv" and any(item.split == "val" for item in references)
         return list(dict.fromkeys(["train", *(["val"] if has_validation else []), self.test_name]))
 
     def _vocabulary(self, texts: Sequence[str]) -> Vocabulary:
@@ -245,6 +257,11 @@ class Refer(GroundingSource):
         root = folder(self.root)
         return root if self.collection == "pack" else folder(str(root / self.collection))
 
+    def _annotation_files(self) -> list[Path]:
+        if self.collection == "phrasecut":
+            return [*task_files(self._folder(), self._phrasecut_splits()), self._folder() / PICTURES]
+        return [self._references_file(), self._instances_file()]
+
     def _references_file(self) -> Path:
         base = self._folder()
         if self.collection == "pack":
@@ -265,6 +282,8 @@ class Refer(GroundingSource):
         return self._folder() / "images.parquet"
 
     def _photo_folder(self) -> Path:
+        if self.collection == "phrasecut":
+            return folder(str(self._folder() / "images"))
         return folder(str(folder(self.root) / "images" / "train2014"))
 
     def _photos(self, index: Index) -> dict[int, bytes | Path]:

@@ -34,6 +34,8 @@ class Reference:
     """Where the sentences come from; empty where the files do not say."""
     sentences: tuple[str, ...]
     sentence_ids: tuple[int, ...]
+    category: str = ""
+    """Name of what it is, where the files say it in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +57,16 @@ def read_references(file: Path, sentence_field: str = "sent") -> list[Reference]
     """References from a pickle, JSON, or JSON-lines file. Raises DataError."""
     if not file.is_file():
         raise DataError(f"{file} does not exist; {file.parent} holds {listing(file.parent)}")
-    rows = read_plain_pickle(file.read_bytes(), str(file)) if file.suffix == ".p" else _read_json(file)
+    rows = read_plain_pickle(file.read_bytes(), str(file)) if file.suffix == ".p" else read_json(file)
     if not isinstance(rows, list):
         raise DataError(f"{file} holds a {type(rows).__name__}, expected a list of references")
     return [_reference(row, sentence_field, f"{file}, reference {number}") for number, row in enumerate(rows)]
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
+    """What a JSON or JSON-lines file holds. Raises DataError when it is missing or cut short."""
+    if not file.is_file():
+        raise DataError(f"{file} does not exist; {file.parent} holds {listing(file.parent)}")
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".jsonl":
@@ -102,9 +107,7 @@ def read_index(instances: Path, references: Sequence[Reference]) -> Index:
         DataError: An id stands twice, a reference names a picture or an annotation that is absent or an annotation of
             another picture, a mask is of another size than its picture, or a sentence is empty.
     """
-    if not instances.is_file():
-        raise DataError(f"{instances} does not exist; {instances.parent} holds {listing(instances.parent)}")
-    content = _read_json(instances)
+    content = read_json(instances)
     try:
         all_pictures, all_annotations = content["images"], content["annotations"]
         _refuse_twice("picture", (picture["id"] for picture in all_pictures), instances)
@@ -165,6 +168,8 @@ def in_split(reference: Reference, wanted: str) -> bool:
     """Whether a reference belongs to a split: ``testA`` and ``testB`` are in ``testAB``, ``test`` is in all tests."""
     if wanted in ("testA", "testB", "testC"):
         return wanted[-1] in reference.split
+    if wanted == "val_miniv":
+        return reference.split in ("val", "miniv")
     return wanted in reference.split if wanted == "test" else reference.split == wanted
 
 

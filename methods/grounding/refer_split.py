@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from methods.data.base import DataError
 from methods.data.decode import decode
 from methods.grounding.annotation_masks import decode_mask, union
 from methods.grounding.boxes import box_of_mask, centred
 from methods.grounding.expressions import Sample
+from methods.grounding.fit import Fit, fitted_box, fitted_mask, fitted_photo, fitted_polygons, frame_of
 from methods.grounding.protocols import EvaluationProtocol
 from methods.grounding.refer_index import Index, Reference
 
@@ -110,6 +110,8 @@ class ReferSplit:
         image_size: int,
         rules: EvaluationProtocol,
         kept: Kept,
+        fit: Fit = "stretch",
+        margin: tuple[float, float, float] = (0.5, 0.5, 0.5),
     ) -> None:
         """Lay out the expressions.
 
@@ -121,9 +123,12 @@ class ReferSplit:
             image_size: Side of the square input.
             rules: How masks are rasterised and overlaps counted.
             kept: Where decoded pictures are kept, shared by the splits.
+            fit: How pictures come into the square.
+            margin: Colour around letterboxed pictures, 0..1 per channel.
         """
         self.index, self._photos, self._image_size = index, photos, image_size
         self._rules, self._kept, self._name = rules, kept, name
+        self._fit, self._margin = fit, margin
         self._references = sorted(references, key=lambda reference: reference.ref_id)
         counts = [len(reference.sentences) for reference in self._references]
         self.objects = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
@@ -148,18 +153,23 @@ class ReferSplit:
 
     def sample_id(self, index: int) -> str:
         """``collection/by/split/ref12/sent34``: the same in every run."""
-        reference = self._references[self.objects[index]]
+        reference = self.reference(index)
         return f"{self._name}/ref{reference.ref_id}/sent{self._text_ids[index]}"
 
+    def reference(self, index: int) -> Reference:
+        """Whom the expression at this position names."""
+        return self._references[int(self.objects[index])]
+
     def sample(self, index: int, *, with_original: bool = False) -> Sample:
-        reference = self._references[self.objects[index]]
+        reference = self.reference(index)
         picture = self.index.pictures[reference.image_id]
         size = (int(picture["height"]), int(picture["width"]))
         target = self._kept.get(("mask", reference.ref_id, self._name), lambda: self._target(reference, size))
         image = self._kept.get(("photo", reference.image_id), lambda: self._photo(reference.image_id, size))
         same = size == (self._image_size, self._image_size)
         original = self._mask(reference, size).astype(np.uint8) if with_original and not same else None
-        return Sample(image, target.mask, target.box, not reference.annotation_ids, size, original)
+        frame = None if self._fit == "stretch" else frame_of(*size, self._image_size, self._fit)
+        return Sample(image, target.mask, target.box, not reference.annotation_ids, size, original, frame)
 
     def _photo(self, image_id: int, size: tuple[int, int]) -> tuple[np.ndarray, int]:
         if image_id not in self._photos:
@@ -171,25 +181,41 @@ class ReferSplit:
                 f"{where} is {pixels.shape[1]} x {pixels.shape[2]} (height x width), but the annotations are for "
                 f"{size[0]} x {size[1]}: masks would lie beside their objects"
             )
-        image = Image.fromarray(pixels.transpose(1, 2, 0))
-        side = (self._image_size, self._image_size)
-        small = np.asarray(image.resize(side, Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+        small = fitted_photo(pixels.transpose(1, 2, 0), self._image_size, self._fit, self._margin)
         return small, small.nbytes
 
     def _target(self, reference: Reference, size: tuple[int, int]) -> tuple[Target, int]:
         mask = self._mask(reference, size)
-        side = (self._image_size, self._image_size)
-        small = np.asarray(Image.fromarray(mask).resize(side, Image.Resampling.NEAREST), dtype=bool)
-        return Target(small, centred(box_of_mask(mask), *size)), small.nbytes
+        small = (
+            self._scaled_polygons(reference, size)
+            if self._rules.scaled_polygons
+            else fitted_mask(mask, self._image_size, self._fit)
+        )
+        box = centred(box_of_mask(mask), *size)
+        if reference.annotation_ids:
+            box = fitted_box(box, *size, self._image_size, self._fit)
+        return Target(small, box), small.nbytes
 
     def _mask(self, reference: Reference, size: tuple[int, int]) -> np.ndarray:
-        """The union of what is named. Of several, crowds are left out."""
+        """The union of what is named, at the size of the stored picture."""
+        rules = self._rules
+        masks = (
+            decode_mask(item, *size, overlap=rules.overlap, rasteriser=rules.rasteriser)
+            for item in self._segmentations(reference)
+        )
+        return union(masks, *size)
+
+    def _scaled_polygons(self, reference: Reference, size: tuple[int, int]) -> np.ndarray:
+        """The same in the square, with polygons that were scaled before they became pixels."""
+        side = self._image_size
+        masks = (
+            fitted_polygons(item, *size, side, self._fit, self._rules) for item in self._segmentations(reference)
+        )  # fmt: skip
+        return union(masks, side, side)
+
+    def _segmentations(self, reference: Reference) -> list[Any]:
+        """Of several annotations, crowds are left out."""
         annotations = [self.index.annotations[number] for number in reference.annotation_ids]
         if len(annotations) > 1:
             annotations = [item for item in annotations if not item.get("iscrowd")] or annotations
-        rules = self._rules
-        masks = (
-            decode_mask(item["segmentation"], *size, overlap=rules.overlap, rasteriser=rules.rasteriser)
-            for item in annotations
-        )
-        return union(masks, *size)
+        return [item["segmentation"] for item in annotations]

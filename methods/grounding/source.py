@@ -71,9 +71,11 @@ class GroundingSource:
 
 
 def not_default(source: GroundingSource) -> list[tuple[str, Any]]:
-    """Settings that were changed: a setting that is added later leaves the fingerprints of older experiments alone."""
+    """Settings that were changed, and which revision of the protocol judges: a setting that is added later leaves the fingerprints of older experiments alone."""
     changed = ((item, getattr(source, item.name)) for item in fields(source))
-    return [(item.name, value) for item, value in changed if value != item.default]
+    settings = [(item.name, value) for item, value in changed if value != item.default]
+    version = protocol_named(source.protocol).version
+    return settings if version == 1 else [*settings, ("protocol_version", version)]
 
 
 @dataclass(frozen=True, kw_only=True)

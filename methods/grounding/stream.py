@@ -155,6 +155,8 @@ class GroundingStream:
         side = self.source.image_size
         if self._with_original and any(sample.size != (side, side) for sample in samples):
             made["original_masks"] = [_original(sample) for sample in samples]
+        if not self.shuffle and all(sample.frame is not None for sample in samples):
+            made["frames"] = np.array([sample.frame for sample in samples], dtype=np.int64)
         return made
 
     def _samples(self, ids: np.ndarray) -> list[Sample]:

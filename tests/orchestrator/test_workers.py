@@ -21,6 +21,7 @@ from loop_doubles import (
     make_stream,
     without_time,
 )
+from measure_sums import judged_by
 from torch import Tensor, multiprocessing
 
 from methods.base import Batch
@@ -145,6 +146,7 @@ def scenarios(workers: Workers, folder: Path) -> dict[str, Any]:
             bool(workers.all_true(torch.tensor(flag))) for flag in (True, rank == 0, rank == 1, False)
         ],
         "sums": workers.all_reduce_sum({"a": torch.tensor(1.5), "b": torch.arange(3)}),
+        "judged": judged_by(workers),
         "stopped": caught(lambda: run(workers, observe=lambda row: row["epoch"] == 2)),
         "raised": caught(lambda: run(workers, observe=refuse)),
         "diverged": caught(lambda: run(workers, method=poisoned)),
@@ -217,6 +219,12 @@ def test_evaluation_is_exact_over_uneven_shares(left: list[dict[str, Any]]) -> N
         expected = evaluate(make_method(), make_stream(num_samples, 4, shuffle=False), device=CPU)
         assert left[0][name] == left[1][name] == pytest.approx(expected, rel=1e-6)
         assert left[0][name]["top1"] == expected["top1"]
+
+
+def test_every_family_of_metrics_has_the_digits_of_one_worker(left: list[dict[str, Any]]) -> None:
+    alone = judged_by(SOLO)
+    assert sum(map(len, alone.values())) > 20
+    assert left[0]["judged"] == left[1]["judged"] == alone
 
 
 def test_collectives(left: list[dict[str, Any]]) -> None:
