@@ -59,8 +59,8 @@ def _predict(options: argparse.Namespace, open_store: Callable[[str], Store]) ->
 def _told(item: Prediction) -> Iterator[str]:
     """A line about one prediction, and one for each thing that its reader should know."""
     share = 100 * item.mask.mean()
-    box = " ".join(f"{value:.0f}" for value in item.box)
-    line = f"{item.text!r}: {item.mask.sum():,} pixels ({share:.1f} %), box {box} (from the {item.box_from})"
+    left, top, right, bottom = (round(value) for value in item.box)
+    line = f"{item.text!r}: {item.mask.sum():,} pixels ({share:.1f} %), x {left} to {right}, y {top} to {bottom} (from the {item.box_from})"
     if item.no_target_probability is not None:
         line += f", no such object: probability {item.no_target_probability:.2f}"
     yield line + (" - the network says that nothing is named" if item.names_nothing else "")

@@ -114,7 +114,7 @@ def predict(
     grounder = load_grounder(store, full, device=device, catalog=BUILTIN.extended(methods))
     manifest = store.manifest(full)
     try:
-        items = list(grounder.predict(np.ascontiguousarray(pixels.transpose(2, 0, 1)), wanted))
+        items = list(grounder.predict(pixels, wanted))
     except DataError as error:
         raise ConfigurationError(f"--text: {error}") from error
     return Predictions(

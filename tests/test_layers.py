@@ -35,7 +35,7 @@ PURE = (
 OUTSIDE = {"ray", "mlflow", "fsspec", "s3fs", "boto3", "requests", "urllib", "socket", "subprocess", "shutil", "tempfile", "os", "pathlib", "io", "time"}  # fmt: skip
 IMPURE = {
     f"orchestrator.{name}"
-    for name in ("store", "lease", "checkpoint", "filesystem", "filesystem_local", "filesystem_remote", "facts", "stage", "trial", "sweep", "tracking", "mirror", "journal", "ray_tune", "ray_train", "ray_search", "ray_cluster", "micro_batch", "api", "cli", "account", "stopping", "signals", "signals_shelf", "signals_recording", "signals_probe", "stage_pack", "trial_pack", "pack_board")
+    for name in ("store", "lease", "checkpoint", "filesystem", "filesystem_local", "filesystem_remote", "facts", "stage", "trial", "sweep", "tracking", "mirror", "journal", "ray_tune", "ray_train", "ray_search", "ray_cluster", "micro_batch", "api", "cli", "account", "stopping", "signals", "signals_shelf", "signals_recording", "signals_probe", "stage_pack", "trial_pack", "pack_board", "pictures", "report_pictures", "prediction", "cli_predict")
 }  # fmt: skip
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLE_ALLOWED = {"methods/models/weights.py", "methods/grounding/refer_pickle.py"}

@@ -41,12 +41,6 @@ def decode(content: bytes | Path, *, channels: int, image_size: int | None, wher
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def stretched(pixels: np.ndarray, side: int) -> np.ndarray:
-    """uint8 ``[C, H, W]``, C = 3, as a square ``[C, side, side]`` (bilinear): all of the image, without its proportions."""
-    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-
-
 def check_image_settings(image_size: int | None, channels: int) -> None:
     """Raise ValueError for settings that no image can have."""
     if image_size is not None and image_size < 1:

@@ -6,6 +6,7 @@ Shape legend: H, W = sides of a picture, h, w = sides of a map.
 from __future__ import annotations
 
 import io
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -164,9 +165,8 @@ def fitting(text: str, width: int) -> str:
     line, font = " ".join(text.split()), _font()
     if font.getlength(line) <= width:
         return line
-    while line and font.getlength(f"{line}...") > width:
-        line = line[:-1]
-    return f"{line.rstrip()}..."
+    num_kept = bisect_right(range(len(line)), width, key=lambda end: font.getlength(f"{line[:end]}...")) - 1
+    return f"{line[: max(0, num_kept)].rstrip()}..."
 
 
 @cache

@@ -10,7 +10,7 @@ Shape legend: B = batch, H, W = sides of masks at the size where they are compar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -124,15 +124,26 @@ def judge(
 def _masks(
     logits_B1HW: Tensor, truths: list[Tensor], frames_B4: Tensor | None, rules: EvaluationProtocol
 ) -> list[Tensor]:
-    """Predicted pixels of each row at the size of its truth: what lies around a letterboxed picture is left out."""
-    rows = list(logits_B1HW.float())
-    if frames_B4 is not None:
-        places = frames_B4.tolist()
-        rows = [
-            row[:, top : top + height, left : left + width]
-            for row, (top, left, height, width) in zip(rows, places, strict=True)
-        ]
-    return [_resampled(row, truth.shape, rules)[0] for row, truth in zip(rows, truths, strict=True)]
+    """Predicted pixels of each row at the size of its truth."""
+    places = [None] * len(truths) if frames_B4 is None else frames_B4.tolist()
+    return [
+        picture_mask(row, place, truth.shape, rules)
+        for row, place, truth in zip(logits_B1HW, places, truths, strict=True)
+    ]
+
+
+def picture_mask(
+    logits_1SS: Tensor, frame: Sequence[int] | None, size: torch.Size, rules: EvaluationProtocol
+) -> Tensor:
+    """Predicted pixels of a picture of ``size``, bool ``[H, W]``: what lies around a letterboxed one is left out.
+
+    ``frame`` is where in the square the picture lies (top, left, height, width); None where it fills it.
+    """
+    logits = logits_1SS.float()
+    if frame is not None:
+        top, left, height, width = frame
+        logits = logits[:, top : top + height, left : left + width]
+    return _resampled(logits, size, rules)[0]
 
 
 def _resampled(logits_1HW: Tensor, sides: torch.Size, rules: EvaluationProtocol) -> Tensor:

@@ -84,7 +84,7 @@ def _rows(
         ]
         yield PanelRow(
             pixels=np.ascontiguousarray(sample.image.transpose(1, 2, 0)),
-            size=sample.size,
+            size=sample.size if sample.frame is None else sample.image.shape[1:],  # its margins are shown too
             caption=f"{sentence}   [{stream.expressions.sample_id(index)}]",
             tiles=tiles,
         )

@@ -5,22 +5,21 @@ Shape legend: H, W = sides of the picture, S = side of the square input, B = tex
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from methods.data.augment import Normalise
 from methods.data.base import DataError
-from methods.data.decode import stretched
 from methods.grounding.boxes import box_of_mask, corners
 from methods.grounding.contracts import GroundingBatch, GroundingOutput, GroundingTask
-from methods.grounding.protocols import EvaluationProtocol, protocol_named
+from methods.grounding.fit import FITS, Fit, Frame, fitted_photo, frame_of, picture_corners
+from methods.grounding.metrics import picture_mask
+from methods.grounding.protocols import protocol_named
 from methods.grounding.vocabulary import Vocabulary, encode, vocabulary_from, words_of
 
 MAX_BATCH = 8
@@ -60,7 +59,7 @@ class Grounder:
         Args:
             network: Maps a ``GroundingBatch`` to its ``GroundingOutput``; in evaluation mode.
             task: What it was trained for.
-            described: What its data set said of itself (``GroundingData.described``): vocabulary and normalisation.
+            described: What its data set said of itself (``GroundingData.described``): vocabulary, normalisation, fit.
             device: Where to compute.
 
         Raises:
@@ -73,6 +72,10 @@ class Grounder:
             self.vocabulary: Vocabulary = vocabulary_from(described["vocabulary"])
         except (KeyError, TypeError) as error:
             raise DataError(f"vocabulary or normalisation are not described: {error!r}") from error
+        self._fit: Fit = described.get("fit", "stretch")  # older artifacts know no other
+        if self._fit not in FITS:
+            raise DataError(f"pictures are to be fitted by {self._fit!r}, which is none of {', '.join(FITS)}")
+        self._margin = mean
         if len(self.vocabulary) != task.vocabulary_size:
             raise DataError(
                 f"the vocabulary {self.vocabulary.name!r} has {len(self.vocabulary)} entries, but the network was trained "
@@ -81,7 +84,7 @@ class Grounder:
         self._network = network.to(device)
         self._normalise = Normalise(mean, std, device)
 
-    def predict(self, pixels_3HW: np.ndarray, texts: Sequence[str]) -> Iterator[Prediction]:
+    def predict(self, pixels_HW3: np.ndarray, texts: Sequence[str]) -> Iterator[Prediction]:
         """What each text names in a picture of uint8 pixels.
 
         Raises:
@@ -91,29 +94,31 @@ class Grounder:
             encode(self.vocabulary, [text], self.task.text_length)  # refuses an empty one before any work
         for start in range(0, len(texts), MAX_BATCH):
             part = texts[start : start + MAX_BATCH]
-            output = self._output(pixels_3HW, part)
-            yield from (self._prediction(output, row, text, pixels_3HW.shape[1:]) for row, text in enumerate(part))  # fmt: skip
+            output = self._output(pixels_HW3, part)
+            yield from (self._prediction(output, row, text, pixels_HW3.shape[:2]) for row, text in enumerate(part))  # fmt: skip
 
     @torch.no_grad()
-    def _output(self, pixels_3HW: np.ndarray, texts: Sequence[str]) -> GroundingOutput:
+    def _output(self, pixels_HW3: np.ndarray, texts: Sequence[str]) -> GroundingOutput:
         num_texts, side, device = len(texts), self.task.image_size, self.device
         tokens = encode(self.vocabulary, texts, self.task.text_length)
-        image = self._normalise(torch.tensor(stretched(pixels_3HW, side), device=device)[None])
+        square = fitted_photo(pixels_HW3, side, self._fit, self._margin)
+        image = self._normalise(torch.tensor(np.ascontiguousarray(square), device=device)[None])
         batch = GroundingBatch(
-            images=image.expand(num_texts, -1, -1, -1),
+            images=image.repeat(num_texts, 1, 1, 1),
             token_ids=torch.from_numpy(tokens.ids).to(device),
             token_mask=torch.from_numpy(tokens.mask).to(device),
             masks=torch.zeros(num_texts, 1, side, side, device=device),
             boxes=torch.zeros(num_texts, 4, device=device),
             is_empty=torch.zeros(num_texts, dtype=torch.bool, device=device),
             indices=torch.arange(num_texts, device=device),
-            original_sizes=torch.tensor([pixels_3HW.shape[1:]], device=device).expand(num_texts, -1),
+            original_sizes=torch.tensor([pixels_HW3.shape[:2]], device=device).expand(num_texts, -1),
         )
         output: GroundingOutput = self._network(batch)
         return output
 
     def _prediction(self, output: GroundingOutput, row: int, text: str, size: Sequence[int]) -> Prediction:
-        mask = _mask_at(output.mask_logits[row], size, self.rules)
+        frame = frame_of(*size, self.task.image_size, self._fit)
+        mask = picture_mask(output.mask_logits[row], frame, torch.Size(size), self.rules).cpu().numpy()
         says_none, cleared = self._rejection(output, row, mask)
         if cleared:
             mask = np.zeros_like(mask)
@@ -122,7 +127,7 @@ class Grounder:
         return Prediction(
             text=text,
             mask=mask,
-            box=_box(output, row, mask),
+            box=_box(output, row, mask, frame),
             box_from="mask" if output.boxes is None else "box head",
             names_nothing=says_none,
             no_target_probability=None if head is None else float(head[row].float().sigmoid()),
@@ -144,15 +149,10 @@ class Grounder:
         return tuple(word for word in words if self.vocabulary.pieces(word)[1])
 
 
-def _mask_at(logits_1SS: Tensor, size: Sequence[int], rules: EvaluationProtocol) -> np.ndarray:
-    """Pixels of the mask at ``size`` (height, width), bool ``[H, W]``: logits are up-sampled, as for the metrics."""
-    logits = F.interpolate(logits_1SS.float()[None], tuple(size), mode="bilinear", align_corners=False)[0, 0]
-    mask: np.ndarray = (logits > math.log(rules.threshold / (1 - rules.threshold))).cpu().numpy()
-    return mask
-
-
-def _box(output: GroundingOutput, row: int, mask_HW: np.ndarray) -> _CORNERS:
+def _box(output: GroundingOutput, row: int, mask_HW: np.ndarray, frame: Frame) -> _CORNERS:
     if output.boxes is None:
         return box_of_mask(mask_HW, largest_component=True)
-    left, top, right, bottom = corners(output.boxes[row].cpu(), *mask_HW.shape).tolist()
+    height, width = mask_HW.shape
+    inside = corners(output.boxes[row : row + 1].cpu(), *output.mask_logits.shape[-2:])
+    left, top, right, bottom = picture_corners(inside, torch.tensor(frame), height, width)[0].tolist()
     return left, top, right, bottom

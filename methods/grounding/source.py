@@ -126,6 +126,7 @@ class GroundingData:
             "normalisation": {"mean": list(mean), "std": list(std)},
             "vocabulary": self.vocabulary.described(),
             "protocol": self.source.protocol,
+            "fit": getattr(self.source, "fit", "stretch"),
             **(self.notes or {}),
         }
 

@@ -103,6 +103,8 @@ def test_the_command_writes_a_document_and_overlays(shelf: Shelf, tmp_path: Path
     assert int(mask.sum()) == first["area"] > 0
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     left, top, width, height = first["bbox"]
+    assert f"'the red circle': {first['area']:,} pixels" in printed.out
+    assert f", x {left} to {left + width}, y {top} to {top + height} (from the mask)\n" in printed.out
     assert columns[0] <= left < left + width <= columns[-1] + 1
     assert rows[0] <= top < top + height <= rows[-1] + 1
     assert first["bbox_from"] == "mask"

@@ -100,10 +100,11 @@ def noise(num_rows: int, size: tuple[int, int]) -> list[PanelRow]:
     return [PanelRow(pixels=pixels, size=size, caption="a " * 400, tiles=tiles) for _ in range(num_rows)]
 
 
-@pytest.mark.parametrize("max_bytes", [100_000, 30_000])
-def test_tiles_shrink_until_the_file_is_small_enough(max_bytes: int) -> None:
-    png = draw_panel(noise(3, (427, 640)), ["title"] * 5, "note", max_bytes=max_bytes)
-    assert max_bytes / 4 < len(png) <= max_bytes
+def test_tiles_shrink_until_the_file_is_small_enough() -> None:
+    rows, titles = noise(3, (427, 640)), ["title"] * 5
+    large, small = (draw_panel(rows, titles, "note", max_bytes=limit) for limit in (drawing.MAX_PANEL_BYTES, 30_000))  # fmt: skip
+    assert len(small) <= 30_000 < len(large) <= drawing.MAX_PANEL_BYTES
+    assert 0.2 < decoded(small).width / decoded(large).width < 0.9
 
 
 def test_tiles_have_the_proportions_of_the_stored_picture() -> None:
@@ -118,6 +119,8 @@ def test_words_of_any_alphabet_are_drawn_and_long_ones_cut() -> None:
     cut = fitting("a very long sentence " * 20, 100)
     assert cut.endswith("...")
     assert 5 < len(cut) < 30
+    assert drawing._font().getlength(cut) <= 100
+    assert fitting("a very long sentence", 1) == "..."
     pictures = [draw_panel([PanelRow(pixels=np.zeros((9, 9, 3), np.uint8), size=(9, 9), caption=text, tiles=[Tile()])], ["t"], "") for text in ("é", "ж")]  # fmt: skip
     assert pictures[0] != pictures[1]  # a font that lacks both would draw the same box twice
 
@@ -134,13 +137,19 @@ def test_the_choice_is_of_different_pictures_and_the_same_for_every_trial(tmp_pa
     assert 0 < len(pictures) == len(set(pictures.tolist())) <= NUM_PICTURES
 
 
+def test_a_letterboxed_picture_is_shown_with_its_margins(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    source = Refer(root=str(write_pack(tmp_path)), collection="pack", image_size=16, fit="letterbox")
+    _, rows = titles_and_rows(monkeypatch, Shows(), source)
+    assert {row.size for row in rows} == {(16, 16)}
+
+
 def test_no_pictures_no_panel() -> None:
     stream = validation(SHAPES)
     stream.indices = stream.indices[:0]
     assert grounding_panel(Shows(), stream) is None
 
 
-def titles_and_rows(monkeypatch: pytest.MonkeyPatch, network: nn.Module, source: ShapesRef = SHAPES) -> tuple[list[str], list[PanelRow]]:  # fmt: skip
+def titles_and_rows(monkeypatch: pytest.MonkeyPatch, network: nn.Module, source: object = SHAPES) -> tuple[list[str], list[PanelRow]]:  # fmt: skip
     seen: list[tuple[list[str], list[PanelRow]]] = []
 
     def keep(rows: list[PanelRow], titles: list[str], note: str) -> bytes:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from methods.data.base import DataError
-from methods.data.decode import stretched
 from methods.grounding.annotation_masks import decode_mask, encode_mask
 from methods.grounding.contracts import GroundingBatch, GroundingOutput
+from methods.grounding.fit import Fit, fitted_photo
 from methods.grounding.prediction import MAX_BATCH, Grounder, Prediction
 from methods.grounding.shapes_ref import ShapesRef
 from methods.grounding.vocabulary import WordVocabulary, vocabulary_from
@@ -49,8 +49,8 @@ def grounder(network: nn.Module, protocol: str = "ours", **changes: Any) -> Grou
 
 def picture(height: int = 40, width: int = 80) -> np.ndarray:
     """Dark, with a bright left upper quarter."""
-    pixels = np.full((3, height, width), 30, np.uint8)
-    pixels[:, : height // 2, : width // 2] = 220
+    pixels = np.full((height, width, 3), 30, np.uint8)
+    pixels[: height // 2, : width // 2] = 220
     return pixels
 
 
@@ -59,26 +59,30 @@ def one(found: Grounder, text: str = "the red mug", pixels: np.ndarray | None = 
     return prediction
 
 
-def test_masks_and_boxes_have_the_size_of_the_picture() -> None:
+@pytest.mark.parametrize("fit", ["stretch", "letterbox"])
+def test_masks_and_boxes_have_the_size_of_the_picture(fit: Fit) -> None:
     network = Left()
-    found = one(grounder(network))
-    truth = picture()[0] > 127
+    found = one(grounder(network, fit=fit))
+    truth = picture()[..., 0] > 127
     assert found.mask.shape == (40, 80)
-    assert (found.mask & truth).sum() / (found.mask | truth).sum() > 0.9
+    assert (found.mask & truth).sum() / (found.mask | truth).sum() > 0.85
     left, top, right, bottom = found.box
     assert (left, top) == (0, 0)
     assert abs(right - 40) + abs(bottom - 20) <= 4
     assert (found.box_from, found.names_nothing, found.no_target_probability) == ("mask", False, None)
     (batch,) = network.batches
-    expected = (torch.tensor(stretched(picture(), 16)) / 255 - 0.5) / 0.5
-    torch.testing.assert_close(batch.images[0], expected)
+    square = fitted_photo(picture(), 16, fit, (0.5, 0.5, 0.5)).copy()
+    torch.testing.assert_close(batch.images[0], (torch.tensor(square) / 255 - 0.5) / 0.5)
     assert batch.original_sizes.tolist() == [[40, 80]]
 
 
-def test_a_box_head_is_asked_first() -> None:
-    found = one(grounder(Left(boxes=True)))
+@pytest.mark.parametrize(
+    ("fit", "box"), [("stretch", (20, 16, 60, 24)), ("letterbox", (20, 12, 60, 28))]
+)  # fmt: skip
+def test_a_box_head_is_asked_first(fit: Fit, box: tuple[int, ...]) -> None:
+    found = one(grounder(Left(boxes=True), fit=fit))
     assert found.box_from == "box head"
-    assert found.box == pytest.approx((20, 16, 60, 24))
+    assert found.box == pytest.approx(box)
 
 
 def test_texts_go_through_in_batches_and_keep_their_order() -> None:
@@ -131,13 +135,13 @@ def test_what_names_nothing_is_as_the_protocol_has_it(protocol: str, num_pixels_
 
 
 def test_an_empty_mask_names_nothing_where_no_head_can_say_so() -> None:
-    found = one(grounder(Left()), pixels=np.zeros((3, 10, 20), np.uint8))
+    found = one(grounder(Left()), pixels=np.zeros((10, 20, 3), np.uint8))
     assert found.names_nothing
     assert found.box == (0, 0, 0, 0)
 
 
 def test_the_threshold_is_that_of_the_protocol() -> None:
-    grey = np.full((3, 8, 8), 120, np.uint8)  # probability 0.44
+    grey = np.full((8, 8, 3), 120, np.uint8)  # probability 0.44
     assert not one(grounder(Left()), pixels=grey).mask.any()
     assert one(grounder(Left(), "cris"), pixels=grey).mask.all()
 
@@ -148,6 +152,7 @@ def test_the_threshold_is_that_of_the_protocol() -> None:
         ({"vocabulary": {"tokenizer": "words", "words": ["mug"]}}, "has 6 entries, but the network was trained with 8"),
         ({"vocabulary": {}}, "not described: KeyError"),
         ({"normalisation": None}, "not described: TypeError"),
+        ({"fit": "crop"}, "fitted by 'crop', which is none of stretch, letterbox"),
     ],
 )  # fmt: skip
 def test_an_incomplete_description_is_refused(changes: dict[str, Any], message: str) -> None:
