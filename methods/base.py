@@ -188,6 +188,8 @@ class Teacher:
     """Gives logits, pooled feature and feature maps, where a student asked for maps; stands in for the network."""
     noise: Any = None
     """The settings of the noisy copies that are to be made of each signal (a ``tekap`` stage)."""
+    reads: tuple[str, ...] = ("images",)
+    """Fields of a batch on which depends what the network says. If that is more than images, it takes the whole batch."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Signals:
@@ -281,6 +283,14 @@ class Method(nn.Module, ABC):
         """Why ``teacher`` cannot teach on data of ``task``, found when both are there; None when it can."""
         if cls.same_classes and teacher.num_classes != task.num_classes:
             return f"teacher {teacher.key[:8]} has {teacher.num_classes} classes, the data set {task.num_classes}"
+        return None
+
+    @classmethod
+    def asks(cls, settings: Any) -> tuple[str, ...] | None:
+        """What it reads of a teacher's answer that has named parts, such as ``mask_logits``: these can be recorded.
+
+        None: it does not tell, so that nothing of such an answer can be.
+        """
         return None
 
     @classmethod
