@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,10 @@ class Loss:
 
     value: Tensor
     weight: float = 1.0
+
+
+WeightSource = Literal["timm", "hub"]
+"""What a setting that names first weights may name beside a local path: see ``Method.weight_sources``."""
 
 
 class UpdateRule(NamedTuple):
@@ -237,6 +241,9 @@ class Method(nn.Module, ABC):
     """Name -> settings that ``preset: NAME`` lays under those of the stage, such as published weights of a pair."""
     same_classes: ClassVar[bool] = True
     """Whether the inputs must tell the same classes apart as the data set."""
+    weight_sources: ClassVar[Mapping[str, WeightSource]] = {}
+    """Settings that name first weights: a local path, whose bytes count and not its place, or what else they may name
+    (``timm/NAME``; anything on a hub)."""
     ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Setting -> domain worth sweeping, as it stands in a search space: ``{"loguniform": [0.1, 10]}``."""
     train_defaults: ClassVar[Mapping[str, Any]] = {}
