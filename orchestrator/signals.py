@@ -22,7 +22,7 @@ from orchestrator.keys import content_key
 from orchestrator.plan import PlannedStage
 from orchestrator.signals_behind import Behind
 from orchestrator.signals_form import ClassForm, Form, PartsForm
-from orchestrator.signals_network import Audit, RecordedNetwork, Sources, WatchedStream
+from orchestrator.signals_network import IMAGES, Audit, RecordedNetwork, Sources, WatchedStream
 from orchestrator.signals_plan import PASSED_ON, is_fixed, recording_content
 from orchestrator.signals_probe import Probe, machine, network_digest, unlike_again
 from orchestrator.signals_recording import CHUNK_BYTES, Recording
@@ -86,7 +86,13 @@ class StageSignals:
         """The same teacher, whose network may answer from a recording."""
         if self.run.signals == "live" or role not in self.stage.signals:
             return teacher
-        network = RecordedNetwork(teacher.network, self._form(source, teacher), self.sources, teacher.reads)
+        form = self._form(source, teacher)
+        if isinstance(form, PartsForm) and teacher.reads == IMAGES:
+            self._refuse(
+                f"{role} does not tell which fields of a batch it reads (Teacher.reads): let it tell"
+            )
+            return teacher
+        network = RecordedNetwork(teacher.network, form, self.sources, teacher.reads)
         self._networks[role] = _network_key(source), network.eval()
         return replace(teacher, network=network)
 
@@ -102,7 +108,10 @@ class StageSignals:
     def watching(self, stream: SampleStream) -> Iterator[SampleStream]:
         """Scope in which the training stream is recorded or read; what is recorded is written by its end."""
         if not isinstance(stream, ListedStream):
-            self._refuse("its data set's streams do not tell which samples come up (sample_ids)")
+            if self._networks:
+                self._refuse(
+                    "streams of its data set do not tell which samples come up: give them sample_ids"
+                )
             yield stream
             return
         shelves = open_shelves(self.storage_url, self.run.signals_dir, self.run.signals_gigabytes)
@@ -156,7 +165,7 @@ class StageSignals:
 
     def _refuse(self, reason: str) -> None:
         """Note why teachers are asked live, or raise where that was not to be."""
-        if self._networks and self.run.signals == "record":
+        if self.run.signals == "record":
             raise ConfigurationError(
                 f"stages.{self.stage.name}: its teacher's signals cannot be recorded: {reason}, or set run.signals to live"
             )

@@ -23,13 +23,14 @@ from orchestrator.signals_codec import Columns
 from orchestrator.signals_form import Form
 from orchestrator.signals_recording import Place, Recording, Tally
 
-__all__ = ["RecordedNetwork", "WatchedStream", "Window"]
+__all__ = ["IMAGES", "RecordedNetwork", "WatchedStream", "Window"]
 
 NUM_REMEMBERED = 4
 """Batches that are remembered: the one in work, and a few that somebody may have asked for in advance."""
 
 
 IMAGES = ("images",)
+"""What a network reads that is called with nothing else."""
 
 
 class _Seen(NamedTuple):

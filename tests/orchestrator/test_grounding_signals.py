@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from signals_cases import Bench
 
 from methods import BUILTIN
-from methods.base import Method
+from methods.base import Source, Teacher
 from methods.data.base import Augment, StreamSettings
 from methods.grounding.contracts import GroundingOutput
 from methods.grounding.shapes_ref import ShapesRef
@@ -57,8 +59,9 @@ def planner_of(
     student: Mapping[str, Any],
     run: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
-    methods: Mapping[str, type[Method]] | None = None,
+    methods: Mapping[str, Any] | None = None,
 ) -> Planner:
+    """``methods``: what else ``Catalog.extended`` takes."""
     sizes = {"num_train": NUM_TRAINING, "num_validation": 4, "num_test": 4, "image_size": 24}
     document = {
         "name": "grounding-signals",
@@ -67,7 +70,7 @@ def planner_of(
         "search": {"objective": {"maximize": "student.miou"}},
         "run": {"storage": "unused", **(run or {})},
     }
-    catalog = BUILTIN.extended(methods=methods)
+    catalog = BUILTIN.extended(**(methods or {}))
     facts = Facts(data=defaultdict(lambda: "f0"), code=defaultdict(lambda: "c0"))
     return Planner(parse_experiment(document, catalog), facts)
 
@@ -196,7 +199,51 @@ class Silent(BUILTIN.method("shared_ris_kd")):  # type: ignore[misc]
 )  # fmt: skip
 def test_what_cannot_be_recorded_is_refused_by_the_plan(run: Any, student: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        planner_of(student, run, methods={"silent": Silent}).trial(Point({}), 0)
+        planner_of(student, run, methods={"methods": {"silent": Silent}}).trial(Point({}), 0)
+
+
+class Vague(BUILTIN.method("latent_vg")):  # type: ignore[misc]
+    """A teacher that does not tell what it reads: another sentence about the same picture would pass for the first."""
+
+    @classmethod
+    def emit(cls, source: Source) -> Teacher:
+        return replace(super().emit(source), reads=("images",))
+
+
+class Unlisted(ShapesRef):
+    """A data set whose streams do not tell which samples come up."""
+
+    def load(self) -> Any:
+        data = super().load()
+        plain = SimpleNamespace(task=data.task, described=data.described)
+        plain.streams = lambda settings: {
+            **data.streams(settings),
+            "training": _without_ids(data.streams(settings)["training"]),
+        }
+        return plain
+
+
+def _without_ids(stream: Any) -> Any:
+    names = ("batch_size", "num_batches", "num_samples", "known_labels", "batches")
+    return SimpleNamespace(**{name: getattr(stream, name) for name in names})
+
+
+@pytest.mark.parametrize(
+    ("methods", "datasets", "message"),
+    [
+        ({"latent_vg": Vague}, {}, "teacher does not tell which fields of a batch it reads"),
+        ({}, {"shapes_ref": Unlisted}, "streams of its data set do not tell which samples come up"),
+    ],
+)
+def test_what_only_shows_at_the_start_is_refused_or_computed(
+    bench: Grounders, methods: Any, datasets: Any, message: str
+) -> None:
+    options: dict[str, Any] = {"methods": {"methods": methods, "datasets": datasets}}
+    with pytest.raises(ConfigurationError, match=message):
+        bench.train(KD, signals="record", **options)
+    live = bench.train(KD, shared=True, **options)
+    assert not bench.recordings.exists()
+    assert live.same_as(bench.train(KD, signals="live"))
 
 
 def test_precision_is_in_the_keys_of_students_and_recording_is_not() -> None:
