@@ -272,7 +272,7 @@ CASES |= {
 }
 
 
-def build(name: str, *, seed: int = 0, **changes: Any) -> GroundingMethod:
+def build(name: str, *, seed: int = 0, task: GroundingTask | None = None, **changes: Any) -> GroundingMethod:
     """A fresh method of the case; ``changes`` replace settings."""
     case = CASES[name]
     torch.manual_seed(seed)
@@ -280,7 +280,7 @@ def build(name: str, *, seed: int = 0, **changes: Any) -> GroundingMethod:
     inputs = (
         {"teacher": finished(build(case.teacher, seed=7), case.teacher).teacher()} if case.teacher else {}
     )
-    return case.method(settings, task=case.task, model=None, inputs=inputs)
+    return case.method(settings, task=task or case.task, model=None, inputs=inputs)
 
 
 def finished(method: GroundingMethod, name: str) -> Source:
