@@ -156,7 +156,7 @@ def run_python(
     """A fresh process: Ray reads its authentication mode once. It finds this repository before any installation."""
     return subprocess.run(
         [sys.executable, *arguments], env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
-        capture_output=True, text=True, timeout=240, check=False, cwd=cwd,
+        capture_output=True, text=True, timeout=600, check=False, cwd=cwd,
     )  # fmt: skip
 
 
