@@ -29,6 +29,7 @@ STAGES: dict[str, dict[str, int]] = {
     "latent_vg_small": {"grounder": 4},
     "magnet": {"grounder": 6},
     "magnet_small": {"grounder": 8},
+    "photos_small": {"grounder": 4},
     "shared_ris": {"grounder": 6},
     "shared_ris_small": {"grounder": 6},
     "takd_digits": {"teacher": 1, "student": 10, "assistant": 1, "copies": 1},
