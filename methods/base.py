@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,10 @@ class Loss:
 
     value: Tensor
     weight: float = 1.0
+
+
+WeightSource = Literal["timm", "hub"]
+"""What a setting that names first weights may name beside a local path: see ``Method.weight_sources``."""
 
 
 class UpdateRule(NamedTuple):
@@ -188,6 +192,8 @@ class Teacher:
     """Gives logits, pooled feature and feature maps, where a student asked for maps; stands in for the network."""
     noise: Any = None
     """The settings of the noisy copies that are to be made of each signal (a ``tekap`` stage)."""
+    reads: tuple[str, ...] = ("images",)
+    """Fields of a batch on which depends what the network says. If that is more than images, it takes the whole batch."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Signals:
@@ -235,6 +241,9 @@ class Method(nn.Module, ABC):
     """Name -> settings that ``preset: NAME`` lays under those of the stage, such as published weights of a pair."""
     same_classes: ClassVar[bool] = True
     """Whether the inputs must tell the same classes apart as the data set."""
+    weight_sources: ClassVar[Mapping[str, WeightSource]] = {}
+    """Settings that name first weights: a local path, whose bytes count and not its place, or what else they may name
+    (``timm/NAME``; anything on a hub)."""
     ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Setting -> domain worth sweeping, as it stands in a search space: ``{"loguniform": [0.1, 10]}``."""
     train_defaults: ClassVar[Mapping[str, Any]] = {}
@@ -281,6 +290,14 @@ class Method(nn.Module, ABC):
         """Why ``teacher`` cannot teach on data of ``task``, found when both are there; None when it can."""
         if cls.same_classes and teacher.num_classes != task.num_classes:
             return f"teacher {teacher.key[:8]} has {teacher.num_classes} classes, the data set {task.num_classes}"
+        return None
+
+    @classmethod
+    def asks(cls, settings: Any) -> tuple[str, ...] | None:
+        """What it reads of a teacher's answer that has named parts, such as ``mask_logits``: these can be recorded.
+
+        None: it does not tell, so that nothing of such an answer can be.
+        """
         return None
 
     @classmethod

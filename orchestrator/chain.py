@@ -53,7 +53,8 @@ def with_baseline(
 
     A replaced stage inherits ``model``, ``train``, ``seed`` and ``data`` where it does not name them: the baseline differs
     from the experiment in its method and that method's settings, not by accident in its recipe. With the same method
-    it inherits ``preset`` too, in which a method may keep the size of its network.
+    it inherits ``preset`` too, in which a method may keep the size of its network. A stage that names no method is ours
+    but for what it names: it inherits everything else, its teacher and first weights among them.
     """
     merged = {
         name: dict(stages.get(name, replaced.get(name, {}))) for name in _baseline_order(stages, replaced)
@@ -62,9 +63,9 @@ def with_baseline(
         if name in stages:
             is_same = replaced[name].get("method") in (None, stages[name].get("method"))
             kept = ("model", "train", "seed", "data", *(("preset",) if is_same else ()))
+            kept = kept if "method" in replaced[name] else tuple(stages[name])
             inherited = {key: stages[name][key] for key in kept if key in stages[name]}
             merged[name] = {**inherited, **replaced[name]}
-            merged[name].setdefault("method", stages[name].get("method"))
     return merged
 
 

@@ -29,11 +29,11 @@ def gather_facts(spec: ExperimentSpec) -> Facts:
         except (OSError, ValueError) as error:
             problems.add("data" if section == spec.data else f"data {section.dataset}", str(error))
     checkpoints = {}
-    for path in sorted(set(checkpoint_paths(spec))):
+    for path, setting in sorted(set(_weights(spec))):
         try:
-            checkpoints[path] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+            checkpoints[path] = _digest(Path(path).expanduser())
         except OSError as error:
-            problems.add("model.checkpoint", f"{path!r} cannot be read: {error.strerror}")
+            problems.add(setting, f"{path!r} cannot be read: {error.strerror}")
     if problems:
         raise ConfigurationError(*problems)
     return Facts(data=data, checkpoints=checkpoints, code=dict(_foreign_code(spec)))
@@ -65,10 +65,34 @@ def files_on_every_node(spec: ExperimentSpec) -> list[str]:
 
 
 def checkpoint_paths(spec: ExperimentSpec) -> Iterator[str]:
-    """Every file of weights that a stage may start from, the choices of the search included."""
+    """Every file or folder of weights that a stage may start from, the choices of the search included."""
+    return (path for path, _ in _weights(spec))
+
+
+def _weights(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:
+    """Local weights, each with the setting that names it."""
     for stage in _all_stages(spec, ".model"):
         if stage.model is not None and stage.model.checkpoint is not None:
-            yield stage.model.checkpoint
+            yield stage.model.checkpoint, "model.checkpoint"
+    for stage in _all_stages(spec, "checkpoint"):
+        for setting, kind in spec.catalog.method(stage.method).weight_sources.items():
+            path = getattr(stage.settings, setting)
+            if path and not path.startswith("timm/") and (kind == "timm" or _is_local(path)):
+                yield path, setting
+
+
+def _is_local(name: str) -> bool:
+    """Whether this is a path, rather than a name on a hub (``openai/clip-vit-base-patch16``)."""
+    return name.startswith(("/", "~", ".")) or Path(name).exists()
+
+
+def _digest(path: Path) -> str:
+    """Hash of a file, or of the weights and settings in a folder as transformers keeps them."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    inside = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".json"))
+    return hashlib.sha256("".join(f"{file.name} {_digest(file)} " for file in inside).encode()).hexdigest()
 
 
 def _all_stages(spec: ExperimentSpec, varied: str) -> Iterator[StageSpec]:

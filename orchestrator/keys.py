@@ -24,7 +24,7 @@ class Facts:
     data: Mapping[str, str]
     """``source_id`` of a data section -> fingerprint of what is loaded."""
     checkpoints: Mapping[str, str] = field(default_factory=dict)
-    """Path of a checkpoint file -> hash of its bytes."""
+    """Path of a checkpoint file or folder -> hash of its bytes."""
     code: Mapping[str, str] = field(default_factory=dict)
     """``method:NAME`` or ``model:NAME`` -> version of code that is not ours."""
 
@@ -61,7 +61,7 @@ def stage_content(
     return {
         "method": stage.method,
         "method_version": facts.code.get(f"method:{stage.method}", method.version),
-        "settings": active_settings(stage, catalog),
+        "settings": _settings_content(stage, facts, catalog),
         "model": _model_content(stage, facts),
         "train": active_train(stage.train),
         "data": data.content(facts.data[data.source_id]),
@@ -69,6 +69,13 @@ def stage_content(
         "inputs": dict(inputs),
         **({"signals": dict(signals)} if signals else {}),
     }
+
+
+def _settings_content(stage: StageSpec, facts: Facts, catalog: Catalog) -> dict[str, Any]:
+    """Active settings; in place of a path of first weights stands the hash of their bytes."""
+    settings = active_settings(stage, catalog)
+    named = catalog.method(stage.method).weight_sources.keys() & settings.keys()
+    return settings | {name: facts.checkpoints.get(settings[name], settings[name]) for name in named}
 
 
 def _model_content(stage: StageSpec, facts: Facts) -> dict[str, Any] | None:

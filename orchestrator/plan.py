@@ -13,7 +13,7 @@ from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError
 from orchestrator.keys import Facts, active_settings, active_train, content_key, cost_signature, stage_content
 from orchestrator.settings import to_plain
-from orchestrator.signals_plan import refuse_unrecordable, unrecordable, wanted_recordings
+from orchestrator.signals_plan import compression, refuse_unrecordable, unrecordable, wanted_recordings
 from orchestrator.spec import ExperimentSpec, RunSettings
 
 __all__ = ["Plan", "PlannedStage", "Planner", "Point", "Trial", "make_plan"]
@@ -142,7 +142,7 @@ class Planner:
         )  # fmt: skip
         content = stage_content(
             stage, data=data, seed=seed, inputs=inputs, facts=self.facts, catalog=self.spec.catalog,
-            signals=self.spec.run.signal_format.content() if signals else None,
+            signals=compression(stage, self.spec.run.signal_format, self.spec.catalog) if signals else None,
         )  # fmt: skip
         return PlannedStage(
             name=stage.name,

@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from methods.base import Source, Teacher
-from methods.data.base import SampleStream
-from methods.data.stream import Stream
+from methods.data.base import ListedStream, SampleStream
 from orchestrator.errors import ConfigurationError
 from orchestrator.keys import content_key
 from orchestrator.plan import PlannedStage
 from orchestrator.signals_behind import Behind
-from orchestrator.signals_network import Audit, RecordedNetwork, Sources, WatchedStream
+from orchestrator.signals_form import ClassForm, Form, PartsForm
+from orchestrator.signals_network import IMAGES, Audit, RecordedNetwork, Sources, WatchedStream
 from orchestrator.signals_plan import PASSED_ON, is_fixed, recording_content
 from orchestrator.signals_probe import Probe, machine, network_digest, unlike_again
 from orchestrator.signals_recording import CHUNK_BYTES, Recording
@@ -35,6 +36,8 @@ LAYOUT = 1
 """Raised whenever chunks or their columns are laid out in another way."""
 SHORTEST_PASS_SECONDS = 0.003
 """A teacher that is quicker than this is not recorded by ``auto``: reading takes up to a millisecond as well."""
+READ_BYTES_PER_SECOND = 1e9
+"""At which large signals are taken to be read: a teacher that says them more quickly is not recorded by ``auto``."""
 NOT_SHARED = "no other stage of the sweep wants the same signals"
 TOLERANCES = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 """How far a GPU may be from what it said before, relative to the largest value: it is free in its order of summing."""
@@ -51,6 +54,8 @@ class _Wish:
     identity: dict[str, Any]
     num_bytes: float
     """How large it gets when it is complete."""
+    row_bytes: float
+    """What one sample takes in one epoch."""
 
     @property
     def is_fixed(self) -> bool:
@@ -81,16 +86,32 @@ class StageSignals:
         """The same teacher, whose network may answer from a recording."""
         if self.run.signals == "live" or role not in self.stage.signals:
             return teacher
-        network = RecordedNetwork(
-            teacher.network, self.run.signal_format, teacher.num_classes, teacher.num_features, self.sources
-        )
+        form = self._form(source, teacher)
+        if isinstance(form, PartsForm) and teacher.reads == IMAGES:
+            self._refuse(
+                f"{role} does not tell which fields of a batch it reads (Teacher.reads): let it tell"
+            )
+            return teacher
+        network = RecordedNetwork(teacher.network, form, self.sources, teacher.reads)
         self._networks[role] = _network_key(source), network.eval()
         return replace(teacher, network=network)
+
+    def _form(self, source: Source, teacher: Teacher) -> Form:
+        """Of a teacher's answer, what this stage's method asks for."""
+        parts = source.catalog.method(self.stage.spec.method).asks(self.stage.spec.settings)
+        form = self.run.signal_format
+        if parts is not None:
+            return PartsForm(form=form, parts=parts)
+        return ClassForm(form=form, num_classes=teacher.num_classes, num_features=teacher.num_features)
 
     @contextmanager
     def watching(self, stream: SampleStream) -> Iterator[SampleStream]:
         """Scope in which the training stream is recorded or read; what is recorded is written by its end."""
-        if not isinstance(stream, Stream):  # another kind of data: nothing of its teachers can be recorded
+        if not isinstance(stream, ListedStream):
+            if self._networks:
+                self._refuse(
+                    "streams of its data set do not tell which samples come up: give them sample_ids"
+                )
             yield stream
             return
         shelves = open_shelves(self.storage_url, self.run.signals_dir, self.run.signals_gigabytes)
@@ -136,32 +157,38 @@ class StageSignals:
         self.reasons.append(NOT_SHARED)
         return any(shelf.has_any() for shelf in shelves)
 
-    def _can_be_replayed(self, stream: Stream) -> bool:
+    def _can_be_replayed(self, stream: ListedStream) -> bool:
         reason = unlike_again(stream)
-        if reason and self.run.signals == "record":
+        if reason:
+            self._refuse(reason)
+        return not reason
+
+    def _refuse(self, reason: str) -> None:
+        """Note why teachers are asked live, or raise where that was not to be."""
+        if self.run.signals == "record":
             raise ConfigurationError(
                 f"stages.{self.stage.name}: its teacher's signals cannot be recorded: {reason}, or set run.signals to live"
             )
-        self.reasons += [reason] if reason else []
-        return not reason
+        self.reasons.append(reason)
 
-    def _wishes(self, stream: Stream) -> Iterator[_Wish]:
+    def _wishes(self, stream: ListedStream) -> Iterator[_Wish]:
         train = self.stage.spec.train
         probe = self._probe = Probe(next(iter(stream.batches(0))), self.device, train.precision)
         for role, (key, network) in self._networks.items():
             digest = network_digest(network.inside)
-            for view in ("weak", "strong")[: 1 + stream.strong]:
+            has_strong = getattr(probe.batch, "strong", None) is not None
+            row_bytes = network.form.row_bytes(partial(probe.columns, network))
+            for view in ("weak", "strong")[: 1 + has_strong]:
                 seed = None if view == "weak" and self._is_fixed(network, probe) else stream.seed
                 content = recording_content(
                     teacher=key, data=self.stage.content["data"], seed=seed, train=train, num_workers=self.workers.size
                 )  # fmt: skip
                 own = {"layout": LAYOUT, "weights": digest, "view": view, "machine": machine(self.device)}
                 identity = {**content, **own, **network.form.content()}
-                row_bytes = network.form.row_bytes(network.num_classes, network.num_features)
                 num_rows = stream.num_samples * (1 if seed is None else train.epochs)
                 yield _Wish(
                     role=role, network=network, view=view, key=content_key(identity), identity=identity,
-                    num_bytes=float(row_bytes * num_rows),
+                    num_bytes=row_bytes * num_rows, row_bytes=row_bytes,
                 )  # fmt: skip
 
     def _is_fixed(self, network: RecordedNetwork, probe: Probe) -> bool:
@@ -169,7 +196,7 @@ class StageSignals:
         train, size = self.stage.spec.train, self.workers.size
         if not is_fixed(self.stage.data) or train.batch_size % (size * train.accumulate):
             return False
-        return probe.has_independent_rows(network.inside)
+        return probe.has_independent_rows(network)
 
     def _choice(self, wish: _Wish, shelves: Sequence[Shelf]) -> bool | None:
         """Whether a recording is written to (True) or only read (False); None where neither is of use."""
@@ -190,20 +217,19 @@ class StageSignals:
             return f"{wish.num_bytes / 1e9:.3g} GB are more than run.signals_gigabytes ({self.run.signals_gigabytes:g})"
         if is_there or self._probe is None:
             return ""
-        seconds = self._probe.pass_seconds(wish.network.inside)
-        if seconds < SHORTEST_PASS_SECONDS:
-            return f"the teacher takes only {1000 * seconds:.2g} ms for a batch"
+        seconds = self._probe.pass_seconds(wish.network)
+        batch_bytes = wish.row_bytes * len(self._probe.batch.images)
+        if seconds < max(SHORTEST_PASS_SECONDS, batch_bytes / READ_BYTES_PER_SECOND):
+            return f"the teacher takes only {1000 * seconds:.2g} ms for a batch of {batch_bytes / 1e6:.2g} MB"
         return ""
 
     def _open(
-        self, wish: _Wish, stream: Stream, shelves: Sequence[Shelf], behind: Behind, is_writable: bool
+        self, wish: _Wish, stream: ListedStream, shelves: Sequence[Shelf], behind: Behind, is_writable: bool
     ) -> None:
-        batch_bytes = wish.num_bytes / max(1, stream.num_samples) * stream.batch_size / self.workers.size
-        if not wish.is_fixed:
-            batch_bytes /= self.stage.spec.train.epochs
+        batch_bytes = wish.row_bytes * stream.batch_size / self.workers.size
         recording = Recording(
             wish.key, shelves, behind, self.sources.tally,
-            num_ids=len(stream.images), rank=self.workers.rank,
+            num_ids=len(stream.known_labels()), rank=self.workers.rank,
             batches_per_chunk=max(1, int(CHUNK_BYTES // max(1.0, batch_bytes))),
             is_fixed=wish.is_fixed, is_writable=is_writable,
         )  # fmt: skip

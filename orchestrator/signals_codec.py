@@ -69,30 +69,32 @@ class SignalFormat:
     def encode(self, logits_BC: Tensor, pooled_BD: Tensor) -> dict[str, Tensor]:
         """The columns to keep."""
         if self.top_k is None or self.top_k >= logits_BC.shape[1]:
-            return {"logits": self._rounded(logits_BC), "pooled": self._rounded(pooled_BD)}
+            return {"logits": self.rounded(logits_BC), "pooled": self.rounded(pooled_BD)}
         top_Bk, classes_Bk = logits_BC.float().topk(self.top_k)
         kind = torch.int16 if logits_BC.shape[1] <= LARGEST_SHORT else torch.int32
         return {
-            "top_logits": self._rounded(top_Bk),
+            "top_logits": self.rounded(top_Bk),
             "top_classes": classes_Bk.to(kind),
             "rest": _level_of_rest(logits_BC.float(), classes_Bk),
-            "pooled": self._rounded(pooled_BD),
+            "pooled": self.rounded(pooled_BD),
         }
 
     def decode(self, columns: Columns, num_classes: int) -> tuple[Tensor, Tensor]:
         """Logits ``[B, C]`` and pooled features ``[B, D]``; float32 unless the teacher's own bits were kept."""
-        pooled_BD = self._restored(columns["pooled"])
+        pooled_BD = self.restored(columns["pooled"])
         if "logits" in columns:
-            return self._restored(columns["logits"]), pooled_BD
+            return self.restored(columns["logits"]), pooled_BD
         rest_BC = columns["rest"][:, None].expand(-1, num_classes)
         return rest_BC.scatter(1, columns["top_classes"].long(), columns["top_logits"].float()), pooled_BD
 
-    def _rounded(self, values: Tensor) -> Tensor:
+    def rounded(self, values: Tensor) -> Tensor:
+        """``values`` in the precision in which they are kept."""
         if self.precision == "float32":
             return values
         return values.clamp(-LARGEST_HALF, LARGEST_HALF).to(torch.float16)  # rather than infinity
 
-    def _restored(self, values: Tensor) -> Tensor:
+    def restored(self, values: Tensor) -> Tensor:
+        """What is learnt from, of values that were kept."""
         return values if self.is_exact else values.float()
 
 

@@ -1,7 +1,8 @@
 """A teacher's network that answers from a recording where it can, and the stream that tells it what it is asked.
 
-A network sees images and no more. The stream notes which batches it gave out lately; images that lie in the memory of
-one of them are that batch, or a part of it, and everything else (validation, other views) is computed.
+A network sees images, or images with sentences, and no more. The stream notes which batches it gave out lately; what
+lies in the memory of one of them is that batch, or a part of it, and everything else (validation, other views) is
+computed.
 """
 
 from __future__ import annotations
@@ -15,21 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from methods.base import Batch
+from methods.base import AnyBatch
+from methods.data.base import ListedStream
 from methods.data.randomness import derive_seed
-from methods.data.stream import Stream
-from orchestrator.signals_codec import SignalFormat
+from orchestrator.signals_codec import Columns
+from orchestrator.signals_form import Form
 from orchestrator.signals_recording import Place, Recording, Tally
 
-__all__ = ["RecordedNetwork", "WatchedStream", "Window"]
+__all__ = ["IMAGES", "RecordedNetwork", "WatchedStream", "Window"]
 
 NUM_REMEMBERED = 4
 """Batches that are remembered: the one in work, and a few that somebody may have asked for in advance."""
 
 
+IMAGES = ("images",)
+"""What a network reads that is called with nothing else."""
+
+
 class _Seen(NamedTuple):
     view: str
     images: Tensor
+    batch: AnyBatch
     place: Place
 
 
@@ -41,19 +48,24 @@ class Window:
         self.num_seen = 0
         """Batches so far."""
 
-    def add(self, batch: Batch, place: Place) -> None:
+    def add(self, batch: AnyBatch, place: Place) -> None:
         """Remember both views of a batch."""
         self.num_seen += 1
-        self._seen.appendleft(_Seen("weak", batch.images, place))
-        if batch.strong is not None:
-            self._seen.appendleft(_Seen("strong", batch.strong, place))
+        self._seen.appendleft(_Seen("weak", batch.images, batch, place))
+        strong = getattr(batch, "strong", None)
+        if strong is not None:
+            self._seen.appendleft(_Seen("strong", strong, batch, place))
 
-    def find(self, images: Tensor) -> tuple[str, Place] | None:
-        """The view and the rows that ``images`` are, or None."""
-        for view, whole, place in self._seen:
-            first = _first_row(images, whole)
+    def find(self, asked: Tensor | AnyBatch, reads: tuple[str, ...] = IMAGES) -> tuple[str, Place] | None:
+        """The view and the rows that ``asked`` is, images or a batch of which the fields ``reads`` count; or None."""
+        for view, images, batch, place in self._seen:
+            if isinstance(asked, Tensor):
+                first, num_rows = _first_row(asked, images), len(asked)
+            else:
+                rows = {_first_row(getattr(asked, name), getattr(batch, name)) for name in reads}
+                first, num_rows = rows.pop() if len(rows) == 1 else None, len(asked.images)
             if first is not None:
-                return view, place._replace(ids=place.ids[first : first + len(images)])
+                return view, place._replace(ids=place.ids[first : first + num_rows])
         return None
 
 
@@ -75,7 +87,7 @@ def _first_row(images: Tensor, whole: Tensor) -> int | None:
 class WatchedStream:
     """The training stream, with a note of each batch in a window before it is given out."""
 
-    def __init__(self, stream: Stream, window: Window) -> None:
+    def __init__(self, stream: ListedStream, window: Window) -> None:
         self._stream, self._window = stream, window
         self.batch_size, self.num_batches = stream.batch_size, stream.num_batches
 
@@ -86,7 +98,7 @@ class WatchedStream:
     def known_labels(self) -> np.ndarray:
         return self._stream.known_labels()
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int = 0) -> Iterator[AnyBatch]:
         shares = self._stream.sample_ids(epoch)[start:]
         whole_rows = self.batch_size // self._stream.num_workers
         for number, batch in enumerate(self._stream.batches(epoch, start), start):
@@ -120,23 +132,27 @@ class Sources:
 
 
 class RecordedNetwork(nn.Module):
-    """Maps images to ``(logits, pooled)`` like the network inside, in the format of recordings."""
+    """Answers like the network inside, in the form of recordings."""
 
     def __init__(
-        self, network: nn.Module, form: SignalFormat, num_classes: int, num_features: int, sources: Sources
+        self, network: nn.Module, form: Form, sources: Sources, reads: tuple[str, ...] = IMAGES
     ) -> None:
+        """``reads``: see ``Teacher``."""
         super().__init__()
-        self.inside, self.form, self.sources = network, form, sources
-        self.num_classes, self.num_features = num_classes, num_features
+        self.inside, self.form, self.sources, self.reads = network, form, sources, reads
         self.recordings: dict[str, Recording] = {}
         """View -> its recording."""
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.sources.window.find(images) if self.recordings else None
+    def forward(self, asked: Tensor | AnyBatch) -> Any:
+        found = self.sources.window.find(asked, self.reads) if self.recordings else None
         if found is None or found[0] not in self.recordings:
-            return self.form.decode(self.form.encode(*self.inside(images)), self.num_classes)
+            return self.form.decode(self.form.encode(self.inside(asked)))
         view, place = found
-        return self.form.decode(self._columns(self.recordings[view], place, images), self.num_classes)
+        return self.form.decode(self._columns(self.recordings[view], place, asked))
+
+    def columns_of(self, batch: AnyBatch) -> Columns:
+        """What is said of a batch now, whatever is recorded."""
+        return self.form.encode(self.inside(batch.images if self.reads == IMAGES else batch))
 
     def __getattr__(self, name: str) -> Any:
         """What else somebody may ask of a network is that of the one inside."""
@@ -145,26 +161,24 @@ class RecordedNetwork(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("inside"), name)
 
-    def _columns(self, recording: Recording, place: Place, images: Tensor) -> Mapping[str, Tensor]:
-        tally, audit = self.sources.tally, self.sources.audit
+    def _columns(self, recording: Recording, place: Place, asked: Tensor | AnyBatch) -> Mapping[str, Tensor]:
+        tally, audit, num_rows = self.sources.tally, self.sources.audit, len(place.ids)
         read = recording.read(place)
         if read is None:
-            computed = self.form.encode(*self.inside(images))
-            tally.num_computed += len(images)
+            computed = self.form.encode(self.inside(asked))
+            tally.num_computed += num_rows
             recording.keep(place, computed)
             return computed
-        if images.device.type == "cuda":
-            read = {
-                name: column.pin_memory().to(images.device, non_blocking=True)
-                for name, column in read.items()
-            }
-        tally.num_read += len(images)
+        device = asked.device if isinstance(asked, Tensor) else asked.images.device
+        if device.type == "cuda":
+            read = {name: column.pin_memory().to(device, non_blocking=True) for name, column in read.items()}
+        tally.num_read += num_rows
         if audit is None or not audit.is_due(recording, place):
             return read
-        computed = self.form.encode(*self.inside(images))
+        computed = self.form.encode(self.inside(asked))
         worst = self._difference(read, computed)
         if worst <= audit.tolerance:
-            tally.num_audited += len(images)
+            tally.num_audited += num_rows
             return read
         recording.discard(
             f"in epoch {place.epoch + 1}, batch {place.number + 1}, it differs from what the teacher says now by "
@@ -173,10 +187,9 @@ class RecordedNetwork(nn.Module):
         return computed
 
     def _difference(self, read: Mapping[str, Tensor], computed: Mapping[str, Tensor]) -> float:
-        """Largest difference of logits or pooled features, relative to the largest value of either."""
+        """Largest difference of logits, pooled features or other parts, relative to the largest value of each."""
         worst = 0.0
-        pairs = zip(self.form.decode(read, self.num_classes), self.form.decode(computed, self.num_classes), strict=True)  # fmt: skip
-        for one, other in pairs:
+        for one, other in zip(self.form.compared(read), self.form.compared(computed), strict=True):
             if one.shape != other.shape:
                 return float("inf")
             if not torch.equal(one, other):

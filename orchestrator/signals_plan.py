@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from methods.base import Method
 from methods.catalog import Catalog
 from methods.data.base import Augment
 from orchestrator.data_section import DataSettings
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     from orchestrator.chain import Chain, StageSpec
     from orchestrator.optimisation import TrainSettings
     from orchestrator.plan import Plan, PlannedStage, Trial
+    from orchestrator.signals_codec import SignalFormat
 
 __all__ = [
     "Uses",
+    "compression",
     "is_fixed",
     "network_stage",
     "recording_content",
@@ -45,9 +48,28 @@ def unrecordable(stage: StageSpec, catalog: Catalog) -> str:
     method = catalog.method(stage.method)
     if any("maps" in method.inputs[role.partition(".")[0]] for role in stage.inputs):
         return f"{stage.method} compares feature maps, which are not recorded"
-    if any("grounding" in method.inputs[role.partition(".")[0]] for role in stage.inputs):
-        return f"{stage.method} learns from masks, which are not recorded"
+    if _learns_from_parts(stage, method) and method.asks(stage.settings) is None:
+        return f"{stage.method} does not tell what it reads of its teacher's answer (Method.asks)"
     return ""
+
+
+def _learns_from_parts(stage: StageSpec, method: type[Method]) -> bool:
+    """Whether what teaches is no classifier, so that its answer has no logits and pooled features but named parts."""
+    return any("grounding" in method.inputs[role.partition(".")[0]] for role in stage.inputs)
+
+
+def compression(stage: StageSpec, form: SignalFormat, catalog: Catalog) -> dict[str, Any]:
+    """What of ``form`` changes the bytes of what ``stage`` learns; empty where nothing does.
+
+    Raises:
+        ConfigurationError: Largest logits are to be kept of a teacher that has none.
+    """
+    if form.top_k is not None and _learns_from_parts(stage, catalog.method(stage.method)):
+        raise ConfigurationError(
+            f"stages.{stage.name}: run.signals_top_k keeps the largest logits of classes, and what teaches "
+            f"{stage.method} tells no classes apart; leave it out (run.signals_precision: float16 halves recordings)"
+        )
+    return form.content()
 
 
 def refuse_unrecordable(chain: Chain, catalog: Catalog) -> None:
@@ -100,8 +122,10 @@ def wanted_recordings(
     catalog: Catalog,
 ) -> dict[str, str]:
     """Role -> name of the recording that this stage would like to read. Stages that want the same have equal names."""
-    trains = catalog.method(stage.method).trains and stage.train.epochs > 0
-    if not trains or unrecordable(stage, catalog):
+    method = catalog.method(stage.method)
+    parts = method.asks(stage.settings)
+    trains = method.trains and stage.train.epochs > 0
+    if not trains or unrecordable(stage, catalog) or parts == ():
         return {}
     stream = None if is_fixed(data) else data.seed_of_stream(seed, stage.method)
     return {
@@ -110,6 +134,7 @@ def wanted_recordings(
                 teacher=keys[network_stage(source, chain, catalog)],
                 data=content, seed=stream, train=stage.train, num_workers=num_workers,
             )
+            | ({"parts": sorted(parts)} if parts else {})
         )
         for role, source in stage.inputs.items()
     }  # fmt: skip

@@ -8,30 +8,32 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from methods.base import Batch
-from methods.data.stream import Stream
+from methods.base import AnyBatch
+from methods.data.base import ListedStream
 from orchestrator.optimisation import PRECISIONS
+from orchestrator.signals_codec import Columns
+from orchestrator.signals_network import RecordedNetwork
 
 __all__ = ["Probe", "machine", "network_digest", "unlike_again"]
 
 NUM_PASSES = 3
 LONG_PASS_SECONDS = 0.05
+WORDS = {"indices": "order", "strong": "images", "token_ids": "sentences", "token_mask": "sentences"}
 
 
-def unlike_again(stream: Stream) -> str:
+def unlike_again(stream: ListedStream) -> str:
     """Why the batches of ``stream`` cannot be replayed; empty if its first one comes out the same twice."""
     one, other = (next(iter(stream.batches(0)), None) for _ in range(2))
     if one is None or other is None:
         return "it has no batch"
-    for name in ("indices", "images", "strong"):
+    for name in sorted(one._fields, key=lambda field: field != "indices"):
         first, second = getattr(one, name), getattr(other, name)
-        if first is not None and not torch.equal(first, second):
-            what = "order" if name == "indices" else "images"
+        if isinstance(first, Tensor) and not torch.equal(first, second):
+            what = WORDS.get(name, name.replace("_", " "))
             return (
                 f"the first batch has other {what} each time it is asked for, so the data set or its images draw "
                 "random numbers of their own: what a teacher said once would not fit. Let data.augment vary the images"
@@ -67,32 +69,37 @@ def network_digest(network: nn.Module) -> str:
 class Probe:
     """Asks a network about a first batch, in the precision of training."""
 
-    def __init__(self, batch: Batch, device: torch.device, precision: str) -> None:
+    def __init__(self, batch: AnyBatch, device: torch.device, precision: str) -> None:
         self.batch, self.device, self._kind = batch, device, PRECISIONS[precision]
 
-    def has_independent_rows(self, network: nn.Module) -> bool:
-        """Whether what is said of an image is the same to the bit wherever in a batch it stands."""
-        images = self.batch.images
-        straight = self._run(lambda: network(images))
-        reversed_ = self._run(lambda: network(images.flip(0)))
-        return all(torch.equal(one, other.flip(0)) for one, other in zip(straight, reversed_, strict=True))
+    def columns(self, network: RecordedNetwork) -> Columns:
+        """What would be recorded of the batch."""
+        return self._run(lambda: network.columns_of(self.batch))
 
-    def pass_seconds(self, network: nn.Module) -> float:
+    def has_independent_rows(self, network: RecordedNetwork) -> bool:
+        """Whether what is said of an image is the same to the bit wherever in a batch it stands."""
+        fields = self.batch._asdict().items()
+        turned = {name: value.flip(0) for name, value in fields if isinstance(value, Tensor)}
+        straight = self.columns(network)
+        reversed_ = self._run(lambda: network.columns_of(self.batch._replace(**turned)))
+        return all(torch.equal(column, reversed_[name].flip(0)) for name, column in straight.items())
+
+    def pass_seconds(self, network: RecordedNetwork) -> float:
         """How long the network takes for the batch."""
         shortest = float("inf")
         for _ in range(NUM_PASSES):
             started = time.perf_counter()
-            self._run(lambda: network(self.batch.images))
+            self.columns(network)
             shortest = min(shortest, time.perf_counter() - started)
             if shortest > LONG_PASS_SECONDS:
                 break
         return shortest
 
     @torch.no_grad()
-    def _run(self, ask: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+    def _run(self, ask: Callable[[], Columns]) -> Columns:
         cast = nullcontext() if self._kind is torch.float32 else torch.autocast(self.device.type, self._kind)
         with cast:
-            logits, pooled = ask()
+            columns = ask()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return logits, pooled
+        return columns

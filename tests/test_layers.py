@@ -30,7 +30,7 @@ PURE = (
     *("references", "data_section", "cost", "budget", "statistics", "redact", "portable"),
     *("preflight_judge", "controls", "retry", "capacity", "packing"),
     *("trial_queue", "tally"),
-    *("signals_plan", "signals_codec"),
+    *("signals_plan", "signals_codec", "signals_form"),
 )
 OUTSIDE = {"ray", "mlflow", "fsspec", "s3fs", "boto3", "requests", "urllib", "socket", "subprocess", "shutil", "tempfile", "os", "pathlib", "io", "time"}  # fmt: skip
 IMPURE = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -115,6 +115,18 @@ class SampleStream(Protocol):
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[AnyBatch]:
         """Batches of ``epoch`` (from 0), from batch number ``start`` on: the same whenever they are asked for."""
+
+
+@runtime_checkable
+class ListedStream(SampleStream, Protocol):
+    """A stream that tells beforehand which samples come up: what teachers say of its batches can be recorded."""
+
+    seed: int
+    """From which order and augmentation follow."""
+    num_workers: int
+
+    def sample_ids(self, epoch: int) -> list[np.ndarray]:
+        """Which samples this worker's share of each batch of ``epoch`` holds, ``[B]`` each, in their order."""
 
 
 class LoadedData(Protocol):

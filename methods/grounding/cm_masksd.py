@@ -26,7 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from methods.base import Teacher
+from methods.base import Teacher, WeightSource
 from methods.grounding.clip_encoder import ClipEncoder
 from methods.grounding.cm_masksd_settings import PRESETS, CmMaskSDSettings
 from methods.grounding.contracts import GroundingBatch, GroundingOutput, GroundingTask
@@ -117,6 +117,7 @@ class CmMaskSD(GroundingMethod):
         "ramp_fraction": {"uniform": [0, 0.3]},
     }
     settings: CmMaskSDSettings
+    weight_sources: ClassVar[Mapping[str, WeightSource]] = {"checkpoint": "hub"}
     network: CmMaskSDNetwork
     num_rows_seen: Tensor
 

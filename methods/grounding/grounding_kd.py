@@ -7,7 +7,8 @@ Any grounding method becomes a student by ``class Student(GroundingStudent, Meth
     sentence  1 - cosine of the vectors that pixels are compared with, the student's after a linear adapter
 
 The pairs are those that the grounders' common module paths suggest (``mask_head``, ``pixel_decoder``); weights and
-temperature are ours, no paper's. The teacher sees the student's own batch, so that nothing of it has to be stored.
+temperature are ours, no paper's. The teacher sees the student's own batch, or what it said of that batch is read from a
+recording: the losses read named parts of its answer, and cannot tell.
 
 Shape legend: B = batch, C = decoder width, S = width of the sentence vector, h, w = sides of a map.
 """
@@ -40,6 +41,8 @@ WORDS = (
     "tokenizer",
 )
 """What teacher and student have to agree on, since they read the same batch."""
+PARTS = {"kd_weight": "mask_logits", "pixel_weight": "pixel_embed", "sentence_weight": "sentence_embed"}
+"""Weight of a loss -> what it reads of the teacher's ``GroundingOutput``."""
 KD_RANGES: Mapping[str, Mapping[str, Any]] = {
     "kd_weight": {"loguniform": [0.1, 10]},
     "temperature": {"loguniform": [1, 4]},
@@ -111,6 +114,10 @@ class GroundingStudent(GroundingMethod):
     @classmethod
     def inactive(cls, settings: Any) -> frozenset[str]:
         return super().inactive(settings) | ({"temperature"} if settings.kd_weight == 0 else set())
+
+    @classmethod
+    def asks(cls, settings: Any) -> tuple[str, ...]:
+        return tuple(part for weight, part in PARTS.items() if getattr(settings, weight) > 0)
 
     def loss_weights(self, batch: GroundingBatch) -> dict[str, float]:
         own = {"kd": self.settings.kd_weight, "pixels": self.settings.pixel_weight}  # type: ignore[attr-defined]

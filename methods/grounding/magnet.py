@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.base import Loss, Step, Teacher
+from methods.base import Loss, Step, Teacher, WeightSource
 from methods.grounding.contracts import GroundingBatch, GroundingOutput, GroundingTask
 from methods.grounding.draws import Draws
 from methods.grounding.heads import BoxHead, EmptyHead
@@ -104,6 +104,10 @@ class MagNet(GroundingMethod):
         "drop_path": {"uniform": [0, 0.3]},
     }
     settings: MagNetSettings
+    weight_sources: ClassVar[Mapping[str, WeightSource]] = {
+        "swin_checkpoint": "timm",
+        "bert_checkpoint": "hub",
+    }
     network: MagNetNetwork
 
     def __init__(

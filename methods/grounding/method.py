@@ -156,8 +156,9 @@ class GroundingMethod(Method):
         network.load_state_dict(dict(source.weights), strict=True)
         network.task = source.task
         return Teacher(
-            network=freeze(network), num_features=source.settings.channels, num_classes=1, key=source.key
-        )
+            network=freeze(network), num_features=source.settings.channels, num_classes=1, key=source.key,
+            reads=("images", "token_ids", "token_mask"),
+        )  # fmt: skip
 
 
 def no_head(name: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from methods.base import WeightSource
 from methods.grounding.contracts import GroundingTask
 from methods.grounding.method import GroundingMethod, GroundingNetwork
 from methods.grounding.multiway_weights import load_multiway
@@ -15,6 +17,8 @@ class MultiwayMethod(GroundingMethod):
 
     network_type: ClassVar[type[GroundingNetwork]]
     """Built from ``(settings, task)``."""
+
+    weight_sources: ClassVar[Mapping[str, WeightSource]] = {"checkpoint": "timm"}
 
     @classmethod
     def build_network(cls, settings: Any, task: GroundingTask) -> GroundingNetwork:

@@ -95,6 +95,12 @@ class GroundingStream:
         labels[self.indices] = 0
         return labels
 
+    def sample_ids(self, epoch: int) -> list[np.ndarray]:
+        """Which expressions this worker's share of each batch of ``epoch`` holds, ``[B]`` each, in their order."""
+        order = self._order(epoch)
+        shares = (self._share(order, number) for number in range(self.num_batches))
+        return [self.indices[share] for share in shares if len(share)]
+
     def batches(self, epoch: int, start: int = 0) -> Iterator[GroundingBatch]:
         """This worker's share of the batches of ``epoch`` (from 0), from batch number ``start`` on."""
         order = self._order(epoch)

@@ -124,6 +124,9 @@ class Trained:
 class Bench:
     """A storage in which students are trained again and again. Their teachers are trained once."""
 
+    plan = staticmethod(planner_of)
+    """How an experiment is made of a student."""
+
     def __init__(self, folder: Path) -> None:
         self.store = Store(str(folder))
 
@@ -139,7 +142,7 @@ class Bench:
         workers: Workers = SOLO, methods: Any = None, **run: Any,
     ) -> Trained:  # fmt: skip
         """Train ``student`` anew with these settings of ``run``, with what else is there. All workers call it."""
-        planner = planner_of(student, run, data, methods)
+        planner = self.plan(student, run, data, methods)
         catalog, trial = planner.spec.catalog, planner.trial(Point({}), seed)
         stages = StageRunner(
             self.store, catalog, planner.spec.run, lambda section: section.source.load(), workers=workers,

@@ -91,9 +91,12 @@ def test_a_baseline_may_name_its_own_recipe() -> None:
 
 
 def test_a_baseline_without_a_method_keeps_ours() -> None:
-    chain = spec_of({"baselines/loose": {"views": {"teacher": "$teacher", "margin": 0.4}}}).chain("loose", {})
+    changes = {"baselines/loose": {"views": {"margin": 0.4}}, "stages/views/num_branches": 7}
+    chain = spec_of(changes).chain("loose", {})
     assert (chain["views"].method, chain["views"].settings.margin) == ("angular_views", 0.4)
     assert chain["views"].train.epochs == 6
+    assert chain["views"].settings.num_branches == 7
+    assert chain["views"].inputs == {"teacher": "teacher"}
 
 
 def test_a_baseline_keeps_the_preset_with_the_method() -> None:

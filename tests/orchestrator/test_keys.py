@@ -14,6 +14,7 @@ from experiment_cases import ABSENT, FACTS, document, key_of, planner_of, spec_o
 
 from methods import BUILTIN
 from methods.supervised import Supervised
+from orchestrator.errors import ConfigurationError
 from orchestrator.facts import gather_facts
 from orchestrator.keys import content_key
 from orchestrator.plan import Point
@@ -211,10 +212,42 @@ def test_a_checkpoint_counts_by_its_bytes(tmp_path: Path) -> None:
     assert key("c.pt", b"two") != key("a.pt", b"one") != GOLDEN["teacher"]
 
 
+SHAPES: dict[str, Any] = {"data": {"dataset": "shapes_ref"}, "baselines": {}, "search/space": {}, "search/objective": {"maximize": "grounder.miou"}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [("latent_vg", "checkpoint"), ("shared_ris_kd", "checkpoint"), ("cm_masksd", "checkpoint"),
+     ("magnet", "swin_checkpoint"), ("magnet", "bert_checkpoint")],
+)  # fmt: skip
+def test_first_weights_of_an_encoder_count_by_their_bytes(tmp_path: Path, method: str, setting: str) -> None:
+    """A file, or a folder as transformers keeps it; a name on a hub stands for itself."""
+
+    def key(path: str, content: bytes = b"") -> str:
+        if path.startswith("/"):
+            Path(path).mkdir(exist_ok=True)
+            (Path(path) / "model.safetensors").write_bytes(content)
+            (Path(path) / "notes.txt").write_text(path)
+        teacher = {"teacher": {"method": "shared_ris"}} if method.endswith("_kd") else {}
+        learns = {"teacher": "$teacher"} if teacher else {}
+        changes = {**SHAPES, "stages": {**teacher, "grounder": {"method": method, setting: path, **learns}}}
+        facts = gather_facts(spec_of(changes))
+        return key_of("grounder", changes, facts=replace(FACTS, checkpoints=facts.checkpoints))
+
+    first = key(str(tmp_path / "a"), b"one")
+    assert key(str(tmp_path / "b"), b"one") == first
+    assert len({first, key(str(tmp_path / "c"), b"two"), key("timm/some"), key("timm/other"), key("")}) == 5
+
+
+@pytest.mark.parametrize(("method", "setting", "name"), [("latent_vg", "checkpoint", "beit3.pth"), ("magnet", "bert_checkpoint", "/no/bert")])  # fmt: skip
+def test_absent_first_weights_are_a_mistake(method: str, setting: str, name: str) -> None:
+    changes = {**SHAPES, "stages": {"grounder": {"method": method, setting: name}}}
+    with pytest.raises(ConfigurationError, match=f"{setting}: '{name}' cannot be read: No such file"):
+        gather_facts(spec_of(changes))
+
+
 @pytest.mark.parametrize("swept", [False, True])
 def test_an_absent_checkpoint_is_a_mistake(tmp_path: Path, swept: bool) -> None:
-    from orchestrator.errors import ConfigurationError
-
     path = str(tmp_path / "absent.pt")
     changes: dict[str, Any] = {"stages/teacher/model": {"name": "tiny_cnn", "checkpoint": path}}
     if swept:

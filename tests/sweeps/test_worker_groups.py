@@ -233,6 +233,42 @@ def test_mixed_trial(cluster: Cluster, tmp_path: Path) -> None:
     assert free_cpus() == 2.0
 
 
+def test_a_grounder_on_two_nodes_trains_as_on_one(cluster: Cluster, tmp_path: Path) -> None:
+    """Its contrast sees the rows of both workers, and each of the five validation pictures is judged once.
+
+    Batches of 7, 7 and 5 rows are 4 + 3 and 3 + 2 on two workers.
+    """
+
+    def grounder(name: str, workers: int) -> Experiment:
+        return Experiment(
+            name=name,
+            data={"dataset": "shapes_ref", "num_train": 19, "num_validation": 5, "num_test": 3, "image_size": 24},
+            stages={"grounder": {
+                "method": "latent_vg", "patch_size": 6, "width": 16, "num_layers": 2, "num_heads": 2, "channels": 8,
+                "num_concepts": 8, "pyramid": False, "drop_path": 0.0, "contrast_weight": 1.0, "contrast_temperature": 0.5,
+                "train": {"epochs": 2, "batch_size": 7, "learning_rate": 0.05, "momentum": 0.0},
+            }},
+            search={"objective": {"maximize": "grounder.miou"}},
+            run={"storage": str(tmp_path / name), "workers": workers, "placement": "spread"},
+        )  # fmt: skip
+
+    execute, stage, store = prepared(grounder("together", 2))
+    alone, same_stage, reference = prepared(grounder("alone", 1))
+    assert stage.key == same_stage.key
+    execute(stage, lambda row: None)
+    alone.stages.execute(same_stage, lambda row: None)
+    assert store.manifest(stage.key)["placement"]["workers"] == 2
+    ours, theirs = (load(kept.read(stage.key, "weights.safetensors")) for kept in (store, reference))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    rows, expected = (json.loads(kept.read(stage.key, "history.json")) for kept in (store, reference))
+    judged = ("miou", "oiou", "pr50", "miou_rolled", "language_gap", "train_contrast", "train_loss")
+    for row, other in zip(rows, expected, strict=True):
+        assert {name: row[name] for name in judged} == pytest.approx({name: other[name] for name in judged}, rel=1e-4, abs=1e-3)  # fmt: skip
+    tests = [{name: value for name, value in kept.manifest(stage.key)["metrics"].items() if name.startswith("test_")} for kept in (store, reference)]  # fmt: skip
+    assert tests[0] == pytest.approx(tests[1], rel=1e-4, abs=1e-3, nan_ok=True)
+
+
 def test_a_stopped_trial_gives_its_workers_back(cluster: Cluster, tmp_path: Path) -> None:
     experiment = Experiment(
         name="stopped",
