@@ -223,8 +223,9 @@ class Sweep:
         )  # fmt: skip
         execute = StageExecute(stages)
         runner = PackRunner(
-            self.store, execute, self.spec.search.objectives, run_id, execute_all=execute.together
-        )
+            self.store, execute, self.spec.search.objectives, run_id, execute_all=execute.together,
+            is_scheduled=self.spec.search.scheduler.name != "none",
+        )  # fmt: skip
         drive(self.planner, runner, run.dispatcher, monitor, room=room, interrupt=run.stopper.interrupt)
 
     def _load_data(self) -> Iterator[tuple[str, LoadedData]]:
