@@ -28,6 +28,7 @@ from orchestrator.errors import ConfigurationError, DamagedArtifactError, OutOfM
 from orchestrator.fence import OPEN, Fence, FencedSlot
 from orchestrator.loop import Row, Training, evaluate, train
 from orchestrator.measure import size_and_speed
+from orchestrator.memory_share import memory_share_bytes
 from orchestrator.optimisation import TrainSettings
 from orchestrator.plan import PlannedStage
 from orchestrator.run_state import is_out_of_memory, peak_memory_bytes
@@ -195,7 +196,7 @@ class StageRunner:
             "task": to_plain(task),
             **data.described(),
             "metrics": {**metrics, "seconds": training.seconds},
-            "cost": self._cost(stage, training),
+            "cost": self._cost(stage, training, device),
             **({"signals": told} if (told := signals.summary()) else {}),
             "placement": {
                 "host": socket.gethostname(),
@@ -238,8 +239,11 @@ class StageRunner:
             "epochs": stage.epochs,
         }
 
-    def _cost(self, stage: PlannedStage, training: Training) -> dict[str, float]:
-        """``cpu_seconds`` were used by the processes; ``held_cpu_seconds`` and ``gpu_seconds`` were reserved."""
+    def _cost(self, stage: PlannedStage, training: Training, device: torch.device) -> dict[str, float]:
+        """``cpu_seconds`` were used by the processes; ``held_cpu_seconds`` and ``gpu_seconds`` were reserved.
+
+        ``memory_share_bytes`` is what one of them could use, ``peak_memory_bytes`` what it did.
+        """
         held = stage_resources(self.run, stage.name)
         return {
             "seconds": training.seconds,
@@ -247,6 +251,9 @@ class StageRunner:
             "held_cpu_seconds": training.worker_seconds * held.cpus_per_worker,
             "gpu_seconds": training.worker_seconds * held.gpus_per_worker,
             "peak_memory_bytes": training.peak_memory_bytes,
+            "memory_share_bytes": memory_share_bytes(
+                device, cpus=held.cpus_per_worker, gpus=held.gpus_per_worker
+            ),
             "resumed_epochs": training.resumed_epochs,
         }
 

@@ -171,7 +171,7 @@ class Sweep:
 
     def _drive(self, endings: Endings, log: SweepLog, display: Display, run_id: str) -> _Run:
         costs = CostHistory(self.store)
-        packing = PackPolicy.of(self.spec, costs.seconds)
+        packing = PackPolicy.of(self.spec, costs.seconds, costs.memory_share)
         if packing.is_off and self.spec.run.pack_size not in (1, "auto"):
             display.event(
                 f"run.pack is {self.spec.run.pack}, but trials train alone: all stages need one worker and the same resources"

@@ -192,7 +192,7 @@ class _Pack:
             failures = self._together(reports)
             seconds = (time.time() - started) / len(reports)
             for (stage, _), failure in zip(reports, failures, strict=True):
-                self._take_in(stage, failure, seconds)
+                self._take_in(stage, failure, seconds, len(reports))
 
     def _together(self, reports: Sequence[StageReport]) -> list[Exception | None]:
         """Trouble of the pack as a whole is no stage's own failure: each is left to itself."""
@@ -215,10 +215,12 @@ class _Pack:
             raise BusyElsewhereError
         return lease
 
-    def _take_in(self, stage: PlannedStage, error: Exception | None, seconds: float) -> None:
+    def _take_in(
+        self, stage: PlannedStage, error: Exception | None, seconds: float, num_together: int
+    ) -> None:
         if error is None:
             self._store.delete_json(failure_path(stage.key))
-            self._runner.record_cost(stage, seconds)
+            self._runner.record_cost(stage, seconds, num_together)
             return
         if self._runner.failed(error).status == "failed":
             self._record(stage, error)

@@ -71,7 +71,8 @@ class Bench:
         except Exception as error:
             return error
         if epoch == EPOCHS:
-            manifest = {"inputs": dict(stage.inputs), "metrics": {"top1": 42.0}}
+            cost = {"peak_memory_bytes": 6e8, "memory_share_bytes": 6e9}
+            manifest = {"inputs": dict(stage.inputs), "metrics": {"top1": 42.0}, "cost": cost}
             self.store.put(stage.key, {"weights": b"0123"}, manifest)
         return None
 
@@ -121,6 +122,7 @@ def test_a_pack_walks_its_chains_side_by_side(store: Store, trials: list[Trial])
         assert store.holder(key) is None
     costs = store.read_json(f"costs/{trials[0].final.signature}.json")
     assert len(costs["seconds_per_epoch"]) == 3
+    assert costs["memory_share"] == [pytest.approx(0.1 / 3)] * 3
 
 
 def test_what_is_stored_is_used(store: Store, trials: list[Trial]) -> None:
