@@ -220,6 +220,10 @@ def _resolve_train(value: Any, method: type[Method], path: str, problems: Proble
     metrics = method.evaluation_metrics
     if train is not None and train.epochs > 0 and not method.trains:
         problems.add(f"{path}.epochs", f"{method.__name__} trains nothing; leave train out")
+    if train is not None and train.compile and not method.can_be_compiled:
+        problems.add(
+            f"{path}.compile", f"the networks of {method.__name__} cannot be compiled; set it to false"
+        )
     if train is not None and train.keep == "best" and train.objective not in ("", *metrics):
         hint = nearest(train.objective, metrics)
         problems.add(f"{path}.objective", f"{method.__name__} reports no {train.objective!r}{hint}")

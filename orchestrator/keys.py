@@ -91,6 +91,7 @@ def cost_signature(
         "model": stage.model.name if stage.model else None,
         "batch_size": stage.train.batch_size,
         "precision": stage.train.precision,
+        **({"compile": True} if stage.train.compile else {}),
         "data": data.content(facts.data[data.source_id]),
         "inputs": dict(input_signatures),
     })  # fmt: skip

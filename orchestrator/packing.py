@@ -39,12 +39,15 @@ def stream_signature(stage: PlannedStage) -> str:
 
 
 def pack_signature(trial: Trial, stored: Callable[[str], bool]) -> str | None:
-    """Equal for trials that may make a pack. None where the last stage learns from no network that could be shared.
+    """Equal for trials that may make a pack. None where the last stage learns from no network that could be shared, and
+    where networks are compiled: each for its own stage.
 
     What they still lack are stages of the same names, each either the same one or on the same batches.
     """
     stages = {stage.key: stage for stage in trial.stages}
-    if not trial.final.inputs:
+    if not trial.final.inputs or any(
+        stage.spec.train.compile for stage in trial.stages if not stored(stage.key)
+    ):
         return None
     networks = {role: _network(key, stages) for role, key in trial.final.inputs.items()}
     levels = [
@@ -89,9 +92,7 @@ class PackPolicy:
         held = held_by_trial(spec.workers(spec.stage_names))
         is_alone = held == TOKEN or bool(spec.run.signal_format.content())
         size = 1 if is_alone else spec.run.pack_size
-        return cls(
-            size=size, seconds=seconds, memory_share=memory_share, records=spec.run.signals != "live"
-        )
+        return cls(size=size, seconds=seconds, memory_share=memory_share, records=spec.run.signals != "live")
 
     @property
     def is_off(self) -> bool:

@@ -106,6 +106,7 @@ class Planner:
         chain = self.spec.chain(point.label, point.values, self._known.specs.setdefault(point.label, {}))
         if self.spec.run.signals == "record":
             refuse_unrecordable(chain, self.spec.catalog)
+        _refuse_compiled_packs(chain, self.spec.run)
         stages = self._key_stages(point, chain, seed)
         return Trial(
             point=point,
@@ -164,6 +165,15 @@ class Planner:
             if name in chain and _has_effect(chain[name], setting, self.spec):
                 active[path] = value
         return active
+
+
+def _refuse_compiled_packs(chain: Chain, run: RunSettings) -> None:
+    compiled = [name for name, stage in chain.items() if stage.train.compile]
+    if compiled and run.pack_size not in (1, "auto"):
+        raise ConfigurationError(
+            f"stages.{compiled[0]}.train.compile is true and run.pack is {run.pack}, which exclude each other: networks are "
+            "compiled for one stage in one process; set run.pack to 'auto' or 'off', or compile to false"
+        )
 
 
 def _has_effect(stage: StageSpec, setting: str, spec: ExperimentSpec) -> bool:
