@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from orchestrator.chain import Chain, StageSpec, stage_marks
 from orchestrator.cost import NO_TIME, MachineTime, stage_resources
 from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError
-from orchestrator.keys import Facts, active_settings, active_train, content_key, cost_signature, stage_content
-from orchestrator.settings import to_plain
+from orchestrator.keys import (
+    Facts,
+    active_train,
+    content_key,
+    cost_signature,
+    inactive_settings,
+    stage_content,
+)
 from orchestrator.signals_plan import refuse_unrecordable, unrecordable, wanted_recordings
 from orchestrator.spec import ExperimentSpec, RunSettings
 
@@ -81,6 +87,8 @@ class _Known:
     """Label, name, mark and seed of the trial -> stage."""
     trials: dict[tuple[str | None, str, int], Trial] = field(default_factory=dict)
     """Label, values and seed -> trial."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Content of the experiment's data section."""
 
 
 @dataclass(frozen=True)
@@ -133,16 +141,17 @@ class Planner:
         self, stage: StageSpec, trial_seed: int, earlier: Mapping[str, PlannedStage], chain: Chain
     ) -> PlannedStage:
         data = stage.data or self.spec.data
+        data_content = self._data_content(data)
         seed = trial_seed if stage.seed == "trial" else stage.seed
         inputs = {role: earlier[source].key for role, source in stage.inputs.items()}
         signatures = {role: earlier[source].signature for role, source in stage.inputs.items()}
         signals = wanted_recordings(
             stage, chain=chain, keys={name: item.key for name, item in earlier.items()}, data=data,
-            content=data.content(self.facts.data[data.source_id]), seed=seed,
+            content=data_content, seed=seed,
             num_workers=self.spec.run.for_stage(stage.name).workers, catalog=self.spec.catalog,
         )  # fmt: skip
         content = stage_content(
-            stage, data=data, seed=seed, inputs=inputs, facts=self.facts, catalog=self.spec.catalog,
+            stage, data=data_content, seed=seed, inputs=inputs, facts=self.facts, catalog=self.spec.catalog,
             signals=self.spec.run.signal_format.content() if signals else None,
         )  # fmt: skip
         return PlannedStage(
@@ -153,10 +162,18 @@ class Planner:
             seed=seed,
             inputs=inputs,
             content=content,
-            signature=cost_signature(stage, data, signatures, self.facts),
+            signature=cost_signature(stage, data_content, signatures),
             signals=signals,
             unrecordable=unrecordable(stage, self.spec.catalog),
         )
+
+    def _data_content(self, data: DataSettings) -> dict[str, Any]:
+        known = self._known.data
+        if data is not self.spec.data:
+            return data.content(self.facts.data[data.source_id])
+        if not known:
+            known.update(data.content(self.facts.data[data.source_id]))
+        return known
 
     def _active_values(self, point: Point, chain: Chain) -> dict[str, Any]:
         active: dict[str, Any] = {}
@@ -179,8 +196,8 @@ def _refuse_compiled_packs(chain: Chain, run: RunSettings) -> None:
 def _has_effect(stage: StageSpec, setting: str, spec: ExperimentSpec) -> bool:
     if setting.startswith("train."):
         return setting.removeprefix("train.") in active_train(stage.train)
-    if setting in to_plain(stage.settings):
-        return setting in active_settings(stage, spec.catalog)
+    if any(setting == item.name for item in fields(stage.settings)):
+        return setting not in inactive_settings(stage, spec.catalog)
     return True
 
 
