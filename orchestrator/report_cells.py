@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -54,6 +54,9 @@ def columns(frame: pd.DataFrame, *, compact: bool = False) -> list[Column]:
     split = attributes["split"]
     if f"difference ({split})" in frame:
         shown.append(_difference(frame, objectives[0], str(split)))
+    for name in attributes["shown"]:
+        on = "test" if name.rpartition(".")[2].startswith("test_") else "validation"
+        shown.append(replace(_measured(frame, name, on, compact), rank=1))
     shown += _sizes(frame)
     shown.append(
         Column(

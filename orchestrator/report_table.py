@@ -85,13 +85,14 @@ def table(
     *,
     baseline: str | None = None,
     prices: PriceSettings | None = None,
+    shown: Sequence[str] = (),
 ) -> pd.DataFrame:
     """One row per point, the best validation mean first, failed points last.
 
     Columns: ``point``, ``label``, one per swept setting, ``seeds``; per objective its mean and ``... std`` on
     validation and, where measured, on test; ``difference (SPLIT)`` to the baseline (a label or point id) for the
     first objective with ``low``, ``high``, ``pairs``, ``pair std``, ``p`` and ``adjusted p`` (for the number of points
-    compared), on test where measured, else on validation; ``parameters``, ``macs`` and ``latency_ms`` of one image, ``seconds``, ``shared_seconds`` (means per
+    compared), on test where measured, else on validation; mean and ``... std`` of each metric of ``shown``, on the same split; ``parameters``, ``macs`` and ``latency_ms`` of one image, ``seconds``, ``shared_seconds`` (means per
     trial), ``status``, ``reason``. Where they tell more than the seconds (several cores, GPUs, prices given) also
     ``cpu_hours``, ``gpu_hours``, ``money``, and each with ``shared_``. Numbers stay numbers; what is not known is NaN.
     ``attrs`` keeps objectives, baseline and settings for the text forms.
@@ -104,18 +105,16 @@ def table(
     settings = list(dict.fromkeys(name for row in rows for name in row.settings))
     reference = _reference(points, baseline, objectives[0])
     split = _difference_split(points, reference, objectives[0])
-    tests = _measured_on_test(rows, objectives)
+    beside = [on_test(name) if _measured_on_test(rows, [name]) else name for name in shown]
+    finals = [*_measured_on_test(rows, [objective.name for objective in objectives]), *beside]
     told = _telling_costs(rows, prices)
     lines = []
     for point in points.values():
-        line = _line(point, settings, objectives, tests)
+        line = _line(point, settings, [objective.name for objective in objectives], finals)
         if reference:
             line |= _difference(point, reference, objectives[0], split)
-        lines.append(
-            line
-            | _ending(point)
-            | {name: held for name, held in _held(point, prices).items() if name in told}
-        )
+        held = _held(point, prices)
+        lines.append(line | _ending(point) | {name: held[name] for name in held if name in told})
     frame = pd.DataFrame(lines)
     if reference and lines:
         frame["adjusted p"] = holm(frame["p"].tolist())
@@ -125,6 +124,7 @@ def table(
         "objectives": [(objective.name, objective.maximize) for objective in objectives],
         "baseline": baseline,
         "split": split,
+        "shown": beside,
         "settings": settings,
         "currency": prices.currency if prices else "",
     }
@@ -162,17 +162,18 @@ def on_test(name: str) -> str:
 
 
 def _line(
-    point: Sequence[TrialRow], settings: Sequence[str], objectives: Sequence[Objective], tests: Sequence[str]
+    point: Sequence[TrialRow], settings: Sequence[str], chosen_by: Sequence[str], finals: Sequence[str]
 ) -> dict[str, Any]:
+    """``chosen_by`` is told of stopped trials too; ``finals`` only where a trial has ended."""
     first = point[0]
     line: dict[str, Any] = {"point": first.point, "label": first.label}
     line |= {name: first.settings.get(name) for name in settings}
     chosen = selected(point)
     line["seeds"] = len(chosen)
-    for objective in objectives:
-        line |= _statistics(objective.name, [row.metrics.get(objective.name, math.nan) for row in chosen])
+    for name in chosen_by:
+        line |= _statistics(name, [row.metrics.get(name, math.nan) for row in chosen])
     done = [row for row in chosen if row.status == "done"]
-    for name in tests:
+    for name in finals:
         line |= _statistics(name, [row.metrics.get(name, math.nan) for row in done])
     return line
 
@@ -225,10 +226,13 @@ def _by_seed(rows: Sequence[TrialRow], name: str) -> dict[int, float]:
     return {row.seed: row.metrics[name] for row in rows if row.status == "done" and name in row.metrics}
 
 
-def _measured_on_test(rows: Sequence[TrialRow], objectives: Sequence[Objective]) -> list[str]:
-    """Test names of the objectives that any finished trial has."""
-    names = [on_test(objective.name) for objective in objectives]
-    return [name for name in names if any(row.status == "done" and name in row.metrics for row in rows)]
+def _measured_on_test(rows: Sequence[TrialRow], names: Sequence[str]) -> list[str]:
+    """Test names of the metrics that any finished trial has."""
+    return [
+        name
+        for name in map(on_test, names)
+        if any(row.status == "done" and name in row.metrics for row in rows)
+    ]
 
 
 def _ending(point: Sequence[TrialRow]) -> dict[str, Any]:

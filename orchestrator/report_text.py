@@ -35,6 +35,8 @@ class Report:
     """Of the experiment."""
     rows: Sequence[TrialRow]
     objectives: Sequence[Objective]
+    shown: Sequence[str] = ()
+    """Further metrics for the table, ``STAGE.METRIC``."""
     baseline: str | None = None
     """Label, or point id, of the point that the others are compared with."""
     controls: Sequence[str] = ()
@@ -125,7 +127,10 @@ def to_markdown(report: Report, frame: pd.DataFrame | None = None) -> str:
     ``frame`` is the table of the report's rows, where it is there already.
     """
     if frame is None:
-        frame = table(report.rows, report.objectives, baseline=report.baseline, prices=report.prices)
+        frame = table(
+            report.rows, report.objectives,
+            baseline=report.baseline, prices=report.prices, shown=report.shown,
+        )  # fmt: skip
     sections = [
         f"# {report.name}",
         report.description,

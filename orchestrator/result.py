@@ -57,9 +57,11 @@ class Result:
 
     @cached_property
     def _table(self) -> pd.DataFrame:
+        search = self.spec.search
         return report.table(
-            self.rows, self.spec.search.objectives, baseline=self.baseline, prices=self.spec.run.prices
-        )
+            self.rows, search.objectives,
+            baseline=self.baseline, prices=self.spec.run.prices, shown=search.shown_names,
+        )  # fmt: skip
 
     @property
     def baseline(self) -> str | None:
@@ -177,6 +179,7 @@ class Result:
             name=self.spec.name,
             rows=self.rows,
             objectives=self.spec.search.objectives,
+            shown=self.spec.search.shown_names,
             baseline=self.baseline,
             controls=self.spec.controls,
             baselines=list(self.spec.baselines),

@@ -83,6 +83,8 @@ class SearchSettings:
 
     objectives: tuple[Objective, ...]
     """One, or two for a Pareto front (``algorithm: optuna`` then uses NSGA-II)."""
+    shown: tuple[str, ...] = ()
+    """Other metrics of the objective's stage that the table has beside it, such as ``language_gap``. Nothing is chosen by them."""
     space: Mapping[str, Domain] = field(default_factory=dict)
     """``STAGE.SETTING`` -> domain."""
     algorithm: Literal["grid", "random", "optuna"] = "grid"
@@ -107,10 +109,19 @@ class SearchSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if len({objective.name for objective in self.objectives}) < len(self.objectives):
             raise ValueError(f"objective names {self.objectives[0].name!r} twice")
+        if named := {metric for metric in self.shown if "." in metric or metric.startswith("test_")}:
+            raise ValueError(
+                f"shown names metrics as validation has them, without stage or test_, got {', '.join(sorted(named))}"
+            )
         if len(self.objectives) > 1 and self.scheduler.name != "none":
             raise ValueError(
                 f"scheduler {self.scheduler.name!r} needs a single objective; use scheduler: none"
             )
+
+    @property
+    def shown_names(self) -> tuple[str, ...]:
+        """``shown`` as trials name them: ``STAGE.METRIC``."""
+        return tuple(f"{self.objectives[0].stage}.{metric}" for metric in self.shown)
 
     def num_seeds(self, label: str | None) -> int:
         """Seeds of a point of the search (None) or of a baseline, which has as many as a confirmed point."""

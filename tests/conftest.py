@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so is it for what a shell starts with `&`
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # else Ctrl-C would reach nothing that a test starts
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,4 +24,14 @@ def own_ray_folder() -> Iterator[None]:
         monkey.setenv("RAY_TMPDIR", folder)
         monkey.delenv("RAY_ADDRESS", raising=False)
         yield
+        if ray := sys.modules.get("ray"):
+            ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> None:
+    """Ray on this machine. It stays up for later modules, until one shuts it down to join a cluster of its own."""
+    from orchestrator.ray_tune import connect
+
+    connect()

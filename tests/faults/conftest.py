@@ -1,23 +1,14 @@
-"""One local Ray for all tests of a module, and a small real sweep whose trials take a few seconds."""
+"""A small real sweep whose trials take a few seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from orchestrator import Experiment
-from orchestrator.ray_tune import connect
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    connect()
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,7 @@ class Doomed(Supervised):
 def cluster() -> Iterator[Cluster]:
     """A head without CPUs, joined by this process. Tests add the nodes that they need."""
     sockets = tempfile.mkdtemp(prefix="sh-")  # a short path: sockets lie in it
+    ray.shutdown()
     monkey = pytest.MonkeyPatch()
     monkey.setenv("RAY_TMPDIR", sockets)  # the note about the current cluster stays out of the way of others
     (Path(sockets) / "ray").mkdir()

@@ -72,6 +72,7 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("three objectives", {"search/objective": [{"maximize": "student.top1"}, {"maximize": "student.top5"}, {"minimize": "student.loss"}]}, ["search.objective: at most two objectives"]),
     ("two stages", {"search/objective": [{"maximize": "student.top1"}, {"minimize": "teacher.loss"}]}, ["search.objective: at most two objectives, both of the same stage"]),
     ("twice", {"search/objective": [{"maximize": "student.top1"}, {"minimize": "student.top1"}]}, ["search: objective names 'student.top1' twice"]),
+    ("shown on test", {"search/shown": ["test_top1"]}, ["search.shown: shown names metrics as validation has them, without stage or test_, got test_top1"]),
     ("two and asha", {"search/objective": [{"maximize": "student.top1"}, {"minimize": "student.loss"}], "search/scheduler": "asha"}, ["search.scheduler: scheduler 'asha' needs a single objective"]),
     ("empty grid", {"search/space": {"views.margin": {"grid": []}}}, ["search.space.views.margin: grid is empty: list at least one value"]),
     ("bad domain", {"search/space": {"views.margin": {"gird": [0.1]}}}, ["search.space.views.margin: 'gird' is not a kind of domain; did you mean 'grid'?"]),

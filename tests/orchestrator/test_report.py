@@ -101,6 +101,21 @@ def test_sorted_by_validation_with_failed_last_and_stopped_without_test() -> Non
     assert by_point["reason"]["mixed"] == "out of memory (2 seeds)"
 
 
+def test_metrics_that_nothing_is_chosen_by_stand_beside_the_objective() -> None:
+    rows = [row("p", seed, 71.0, 70.0) for seed in range(2)]
+    for seed, item in enumerate(rows):
+        item.metrics.update({"student.language_gap": 5.0, "student.test_language_gap": 20.0 + 2 * seed})
+        item.metrics.update({"student.t_acc": 99.0})
+    names = ["student.language_gap", "student.t_acc", "student.absent"]
+    frame = table(rows, TOP1, shown=names)
+    assert frame["student.test_language_gap"].tolist() == [21.0]
+    assert frame["student.t_acc"].tolist() == [99.0]
+    text = to_text(frame, 200)
+    assert "21.00 ± 1.41" in text
+    assert "99.00 ± 0.00" in text
+    assert text.count("language_gap %") == text.count("t_acc %") == text.count("absent") == 1
+
+
 def test_minimizing_puts_the_smallest_first() -> None:
     rows = [
         TrialRow(point=p, label=p, settings={}, seed=0, status="done", metrics={"s.loss": v})

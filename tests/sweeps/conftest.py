@@ -1,16 +1,14 @@
-"""A small real experiment on the bundled digits, and one local Ray for all tests of a module."""
+"""A small real experiment on the bundled digits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from orchestrator import Experiment
-from orchestrator.ray_tune import connect
 
 DOCUMENT: dict[str, Any] = {
     "name": "small",
@@ -27,13 +25,6 @@ DOCUMENT: dict[str, Any] = {
         "seeds": 2,
     },
 }
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    connect()
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

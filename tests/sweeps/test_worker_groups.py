@@ -64,6 +64,7 @@ def cluster() -> Iterator[Cluster]:
         "health_check_period_ms": 500,
         "health_check_failure_threshold": 3,
     }
+    ray.shutdown()
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": quickly})
     nodes.add_node(num_cpus=1)
     nodes.wait_for_nodes()
