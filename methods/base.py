@@ -235,6 +235,8 @@ class Method(nn.Module, ABC):
     """Whether the stage names a ``model`` that this method trains."""
     trains: ClassVar[bool] = True
     """Whether it learns anything. If not, its stage is evaluated and kept, without a training loop."""
+    can_be_compiled: ClassVar[bool] = True
+    """Whether the networks that it runs are ``Tapped``, whose passes torch can compile (``train.compile``)."""
     needs_strong: ClassVar[bool] = False
     """Whether it wants ``Batch.strong`` in training."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

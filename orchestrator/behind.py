@@ -23,7 +23,7 @@ class BackgroundSlot:
 
     A write that failed raises its error at the next ``save``, or when the slot is closed. Use it as a context: leaving
     it waits for what is on its way. When it is left by an error, that one stays, and the failed write is logged; who
-    stops on purpose counts on the checkpoint, and hears of the failure.
+    stops on purpose counts on the checkpoint, and hears of the failure. It may be entered again afterwards.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class BackgroundSlot:
     ) -> None:
         """Write to ``checkpoints``, looking at ``fence`` again right before each write."""
         self._checkpoints, self._fence, self._clock = checkpoints, fence, clock
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
         self.lag_seconds = 0.0
         """How long the last write took: what is trained meanwhile would be lost with it."""
@@ -45,6 +45,8 @@ class BackgroundSlot:
         """Keep ``tree`` as the newest checkpoint, soon. Waits for the one before, and raises what became of it."""
         contents = to_bytes(tree)
         self.finish()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = self._thread.submit(self._write, contents)
 
     def finish(self) -> None:
@@ -72,4 +74,6 @@ class BackgroundSlot:
                 raise
             logger.warning("the last checkpoint was not written: %s", failure)
         finally:
-            self._thread.shutdown()
+            thread, self._thread = self._thread, None
+            if thread is not None:
+                thread.shutdown()

@@ -103,12 +103,23 @@ def resolve_chain(
     for name, stage in raw.items():
         spec = None if known is None else known.get((name, marks[name]))
         if spec is None:
-            spec = _resolve_stage(name, dict(stage), raw, target, typed, catalog, problems, data)
-            if spec is not None and known is not None and name != target and not problems:
-                known[name, marks[name]] = spec
+            recipe = (name, f"{stage.get('method')} {stage.get('model')!r} {stage.get('train')!r}")
+            spec = _resolve_stage(
+                name, _typed_before(stage, known, recipe), raw, target, typed, catalog, problems, data
+            )
+            if spec is not None and known is not None and not problems:
+                known[recipe if name == target else (name, marks[name])] = spec
         if spec is not None:
             typed[name] = spec
     return _ancestors(typed, target) if not problems else typed
+
+
+def _typed_before(
+    stage: Mapping[str, Any], known: dict[tuple[str, str], StageSpec] | None, recipe: tuple[str, str]
+) -> dict[str, Any]:
+    """A copy of ``stage`` with what a stage of the same ``recipe`` was found to say of its network and training."""
+    like = None if known is None else known.get(recipe)
+    return {**stage} if like is None else {**stage, "model": like.model, "train": Typed(like.train)}
 
 
 def stage_marks(stages: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, str]:
@@ -216,11 +227,18 @@ def _resolve_seed(seed: Any, path: str, problems: Problems) -> int | Literal["tr
 
 
 def _resolve_train(value: Any, method: type[Method], path: str, problems: Problems) -> TrainSettings | None:
+    if isinstance(value, Typed):
+        typed: TrainSettings = value.value
+        return typed
     values = {**method.train_defaults, **as_mapping(value, path, problems)}
     train = parse(TrainSettings, values, path, problems)
     metrics = method.evaluation_metrics
     if train is not None and train.epochs > 0 and not method.trains:
         problems.add(f"{path}.epochs", f"{method.__name__} trains nothing; leave train out")
+    if train is not None and train.compile and not method.can_be_compiled:
+        problems.add(
+            f"{path}.compile", f"the networks of {method.__name__} cannot be compiled; set it to false"
+        )
     if train is not None and train.keep == "best" and train.objective not in ("", *metrics):
         hint = nearest(train.objective, metrics)
         problems.add(f"{path}.objective", f"{method.__name__} reports no {train.objective!r}{hint}")

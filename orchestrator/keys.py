@@ -6,15 +6,23 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from methods.catalog import Catalog
 from orchestrator.chain import StageSpec
-from orchestrator.data_section import DataSettings
 from orchestrator.optimisation import TrainSettings
 from orchestrator.settings import to_plain
 
-__all__ = ["Facts", "active_settings", "content_key", "cost_signature", "stage_content"]
+__all__ = [
+    "Facts",
+    "active_settings",
+    "active_train",
+    "content_key",
+    "cost_signature",
+    "inactive_settings",
+    "stage_content",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +45,23 @@ def content_key(content: Any) -> str:
 
 def active_settings(stage: StageSpec, catalog: Catalog) -> dict[str, Any]:
     """The method's settings that have an effect at this point, as plain values."""
-    inactive = stage.inactive | catalog.method(stage.method).inactive(stage.settings)
+    inactive = inactive_settings(stage, catalog)
     return {name: value for name, value in to_plain(stage.settings).items() if name not in inactive}
 
 
+def inactive_settings(stage: StageSpec, catalog: Catalog) -> frozenset[str]:
+    """Names of the method's settings that have no effect at this point."""
+    return stage.inactive | catalog.method(stage.method).inactive(stage.settings)
+
+
 def active_train(train: TrainSettings) -> dict[str, Any]:
+    """The training settings that have an effect, as plain values."""
+    return dict(_active_train(train))
+
+
+@lru_cache(1024)
+def _active_train(train: TrainSettings) -> dict[str, Any]:
+    """Most points of a sweep train alike, and are asked several times each."""
     inactive = TrainSettings.inactive(train)
     return {name: value for name, value in to_plain(train).items() if name not in inactive}
 
@@ -49,14 +69,17 @@ def active_train(train: TrainSettings) -> dict[str, Any]:
 def stage_content(
     stage: StageSpec,
     *,
-    data: DataSettings,
+    data: Mapping[str, Any],
     seed: int,
     inputs: Mapping[str, str],
     facts: Facts,
     catalog: Catalog,
     signals: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that determines the bytes of this stage's artifact. ``signals`` is how a teacher's are compressed."""
+    """Everything that determines the bytes of this stage's artifact.
+
+    ``data`` is the content of its data section, ``signals`` how a teacher's signals are compressed.
+    """
     method = catalog.method(stage.method)
     return {
         "method": stage.method,
@@ -64,7 +87,7 @@ def stage_content(
         "settings": _settings_content(stage, facts, catalog),
         "model": _model_content(stage, facts),
         "train": active_train(stage.train),
-        "data": data.content(facts.data[data.source_id]),
+        "data": dict(data),
         "seed": seed,
         "inputs": dict(inputs),
         **({"signals": dict(signals)} if signals else {}),
@@ -89,15 +112,14 @@ def _model_content(stage: StageSpec, facts: Facts) -> dict[str, Any] | None:
     return content
 
 
-def cost_signature(
-    stage: StageSpec, data: DataSettings, input_signatures: Mapping[str, str], facts: Facts
-) -> str:
+def cost_signature(stage: StageSpec, data: Mapping[str, Any], input_signatures: Mapping[str, str]) -> str:
     """Name of the history to which this stage's cost per epoch belongs: kind of work, not its settings."""
     return content_key({
         "method": stage.method,
         "model": stage.model.name if stage.model else None,
         "batch_size": stage.train.batch_size,
         "precision": stage.train.precision,
-        "data": data.content(facts.data[data.source_id]),
+        **({"compile": True} if stage.train.compile else {}),
+        "data": dict(data),
         "inputs": dict(input_signatures),
     })  # fmt: skip

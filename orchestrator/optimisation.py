@@ -56,6 +56,10 @@ class TrainSettings:
     """Fraction of the run in which the learning rate first rises linearly, per optimizer step."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """Training arithmetic: ``float32``, or autocast to ``bf16`` or ``fp16``. Evaluation is float32 always."""
+    compile: bool = False
+    """Let torch compile the passes of the networks: the student's in training, and the frozen teacher's. Pays for long
+    trainings; the first step on a node waits for the compiler. It rounds differently, so it is part of the key. Such
+    stages share their process with no other."""
     accumulate: int = 1
     """Micro-batches into which each worker splits its share of a batch, to save memory."""
     min_micro_batch: int = 0
@@ -135,6 +139,7 @@ class TrainSettings:
             ("momentum",): settings.optimizer == "adamw",
             ("nesterov",): settings.optimizer != "sgd",
             ("objective", "objective_mode"): settings.keep != "best",
+            ("compile",): not settings.compile,
             ("min_micro_batch",): not settings.min_micro_batch
             or settings.batch_size // (2 * settings.accumulate) < settings.min_micro_batch,
         }

@@ -10,7 +10,8 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 
@@ -43,6 +44,9 @@ class PackMember:
     seed: int
     checkpoints: CheckpointSlot | None
     observe: Observer
+    writing: AbstractContextManager[object, None] = field(default_factory=nullcontext)
+    """Entered when its training begins, and left when that has ended, before ``finish``: waits for checkpoints that are
+    on their way. Entered again where a pack is split."""
     finish: Finish = keep_nothing
     """Called as soon as this member is trained, while the others go on."""
 
@@ -108,6 +112,9 @@ class _Pack:
             ).run()
         except OutgrownError as error:
             logger.warning("%s; the pack splits in halves", str(error))
+        finally:
+            for run in runs.values():
+                run.steps.close()  # those that are not at their end leave ``writing`` here, with their checkpoints
         for number, run in runs.items():
             if run.result is not None:
                 results[number] = run.result
@@ -132,15 +139,16 @@ class _Pack:
             worker_clock=worker_clock,
             cpu_clock=cpu_clock,
         )
-        run.steps = _to_the_end(run.steps, method, member.finish, (worker_clock, cpu_clock))
+        run.steps = _to_the_end(run.steps, method, member, (worker_clock, cpu_clock))
         return run
 
 
-def _to_the_end(steps: Steps, method: Method, finish: Finish, shares: Iterable[_Share]) -> Steps:
+def _to_the_end(steps: Steps, method: Method, member: PackMember, shares: Iterable[_Share]) -> Steps:
     """``steps``, then ``finish``; from then on the others share the process without this member."""
     try:
-        training = yield from steps
-        finish(method, training)
+        with member.writing:
+            training = yield from steps
+        member.finish(method, training)
         return training
     finally:
         for share in shares:

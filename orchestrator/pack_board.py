@@ -1,7 +1,8 @@
 """What the leader of a pack and the trials that follow it tell each other: small documents in the store.
 
 Works on any storage and from any host. The leader writes a follower's rows and, at last, its outcome; a follower that
-is stopped early asks for the end of its stage. That the leader lives is seen by its lease on the pack's name.
+is stopped early asks for the end of its stage, and one that was not says so after the last epoch. That the leader
+lives is seen by its lease on the pack's name.
 """
 
 from __future__ import annotations
@@ -49,13 +50,23 @@ class PackBoard:
     def is_asked_to_stop(self, trial_key: str) -> bool:
         return self.store.read_json(self._stop_path(trial_key)) is not None
 
+    def say_heard(self, trial_key: str) -> None:
+        """The follower has reported every epoch, and may go on to the end."""
+        self.store.write_json(self._heard_path(trial_key), {"at": time.time()}, durable=False)
+
+    def is_heard(self, trial_key: str) -> bool:
+        return self.store.read_json(self._heard_path(trial_key)) is not None
+
     def wipe(self, trial_key: str) -> None:
         """Remove what was told and asked: somebody has read it, or nobody will."""
-        self.store.delete_json(self._path(trial_key))
-        self.store.delete_json(self._stop_path(trial_key))
+        for path in (self._path, self._stop_path, self._heard_path):
+            self.store.delete_json(path(trial_key))
 
     def _path(self, trial_key: str) -> str:
         return f"packs/{self.pack}/{trial_key}.json"
 
     def _stop_path(self, trial_key: str) -> str:
         return f"packs/{self.pack}/{trial_key}.stop.json"
+
+    def _heard_path(self, trial_key: str) -> str:
+        return f"packs/{self.pack}/{trial_key}.heard.json"

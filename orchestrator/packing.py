@@ -22,6 +22,8 @@ __all__ = ["PackPolicy", "pack_signature", "stream_signature"]
 
 MOST_TOGETHER = 8
 """Members of a pack under ``auto``: beyond that, the share of the teacher's pass that is left to save is small."""
+USABLE_MEMORY = 0.8
+"""Under ``auto``, the part of its memory that a pack is to fill at most, going by what its members took alone."""
 LEAST_SECONDS = 30.0
 """Under ``auto``, stages shorter than this are not packed: each follower costs a process of its own."""
 
@@ -37,12 +39,15 @@ def stream_signature(stage: PlannedStage) -> str:
 
 
 def pack_signature(trial: Trial, stored: Callable[[str], bool]) -> str | None:
-    """Equal for trials that may make a pack. None where the last stage learns from no network that could be shared.
+    """Equal for trials that may make a pack. None where the last stage learns from no network that could be shared, and
+    where networks are compiled: each for its own stage.
 
     What they still lack are stages of the same names, each either the same one or on the same batches.
     """
     stages = {stage.key: stage for stage in trial.stages}
-    if not trial.final.inputs:
+    if not trial.final.inputs or any(
+        stage.spec.train.compile for stage in trial.stages if not stored(stage.key)
+    ):
         return None
     networks = {role: _network(key, stages) for role, key in trial.final.inputs.items()}
     levels = [
@@ -68,11 +73,18 @@ class PackPolicy:
     """At most so many; 1 turns packing off."""
     seconds: Callable[[PlannedStage], float | None] = lambda stage: None
     """What a stage of this kind has taken so far; None if that is not known yet."""
+    memory_share: Callable[[PlannedStage], float | None] = lambda stage: None
+    """Which part of its process's memory a stage of this kind has taken so far; None if that is not known."""
     records: bool = False
     """Whether what teaches is recorded where it can be: under ``auto`` there is no pass left to share then."""
 
     @classmethod
-    def of(cls, spec: ExperimentSpec, seconds: Callable[[PlannedStage], float | None]) -> PackPolicy:
+    def of(
+        cls,
+        spec: ExperimentSpec,
+        seconds: Callable[[PlannedStage], float | None],
+        memory_share: Callable[[PlannedStage], float | None] = lambda stage: None,
+    ) -> PackPolicy:
         """That of an experiment. Where stages are trained by groups, or hold different things, nothing is packed.
 
         Nor where students are to learn from compressed signals: a pack learns from its teacher itself.
@@ -80,7 +92,7 @@ class PackPolicy:
         held = held_by_trial(spec.workers(spec.stage_names))
         is_alone = held == TOKEN or bool(spec.run.signal_format.content())
         size = 1 if is_alone else spec.run.pack_size
-        return cls(size=size, seconds=seconds, records=spec.run.signals != "live")
+        return cls(size=size, seconds=seconds, memory_share=memory_share, records=spec.run.signals != "live")
 
     @property
     def is_off(self) -> bool:
@@ -90,7 +102,7 @@ class PackPolicy:
         """Members of a pack that ``trial`` leads, when so many trials are ready that could join, itself included.
 
         As many as leave no free slot without work. Under ``auto`` a pack waits until one stage of its kind has been
-        measured.
+        measured, and takes no more members than fit into the memory by that measure.
         """
         if self.size != "auto":
             return min(self.size, num_ready)
@@ -99,4 +111,9 @@ class PackPolicy:
         seconds = self.seconds(trial.final)
         if seconds is None or seconds < LEAST_SECONDS:
             return 1
-        return min(MOST_TOGETHER, math.ceil(num_ready / max(1, num_free_slots)))
+        return min(self._num_fitting(trial), math.ceil(num_ready / max(1, num_free_slots)))
+
+    def _num_fitting(self, trial: Trial) -> int:
+        """Members that fit side by side. Each is counted as large as alone, the network that they share included."""
+        share = self.memory_share(trial.final)
+        return MOST_TOGETHER if not share else max(1, min(MOST_TOGETHER, int(USABLE_MEMORY / share)))

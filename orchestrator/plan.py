@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from orchestrator.chain import Chain, StageSpec, stage_marks
 from orchestrator.cost import NO_TIME, MachineTime, stage_resources
 from orchestrator.data_section import DataSettings
 from orchestrator.errors import ConfigurationError
-from orchestrator.keys import Facts, active_settings, active_train, content_key, cost_signature, stage_content
-from orchestrator.settings import to_plain
+from orchestrator.keys import (
+    Facts,
+    active_train,
+    content_key,
+    cost_signature,
+    inactive_settings,
+    stage_content,
+)
 from orchestrator.signals_plan import compression, refuse_unrecordable, unrecordable, wanted_recordings
 from orchestrator.spec import ExperimentSpec, RunSettings
 
@@ -81,6 +87,8 @@ class _Known:
     """Label, name, mark and seed of the trial -> stage."""
     trials: dict[tuple[str | None, str, int], Trial] = field(default_factory=dict)
     """Label, values and seed -> trial."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Content of the experiment's data section."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ class Planner:
         chain = self.spec.chain(point.label, point.values, self._known.specs.setdefault(point.label, {}))
         if self.spec.run.signals == "record":
             refuse_unrecordable(chain, self.spec.catalog)
+        _refuse_compiled_packs(chain, self.spec.run)
         stages = self._key_stages(point, chain, seed)
         return Trial(
             point=point,
@@ -132,16 +141,17 @@ class Planner:
         self, stage: StageSpec, trial_seed: int, earlier: Mapping[str, PlannedStage], chain: Chain
     ) -> PlannedStage:
         data = stage.data or self.spec.data
+        data_content = self._data_content(data)
         seed = trial_seed if stage.seed == "trial" else stage.seed
         inputs = {role: earlier[source].key for role, source in stage.inputs.items()}
         signatures = {role: earlier[source].signature for role, source in stage.inputs.items()}
         signals = wanted_recordings(
             stage, chain=chain, keys={name: item.key for name, item in earlier.items()}, data=data,
-            content=data.content(self.facts.data[data.source_id]), seed=seed,
+            content=data_content, seed=seed,
             num_workers=self.spec.run.for_stage(stage.name).workers, catalog=self.spec.catalog,
         )  # fmt: skip
         content = stage_content(
-            stage, data=data, seed=seed, inputs=inputs, facts=self.facts, catalog=self.spec.catalog,
+            stage, data=data_content, seed=seed, inputs=inputs, facts=self.facts, catalog=self.spec.catalog,
             signals=compression(stage, self.spec.run.signal_format, self.spec.catalog) if signals else None,
         )  # fmt: skip
         return PlannedStage(
@@ -152,10 +162,18 @@ class Planner:
             seed=seed,
             inputs=inputs,
             content=content,
-            signature=cost_signature(stage, data, signatures, self.facts),
+            signature=cost_signature(stage, data_content, signatures),
             signals=signals,
             unrecordable=unrecordable(stage, self.spec.catalog),
         )
+
+    def _data_content(self, data: DataSettings) -> dict[str, Any]:
+        known = self._known.data
+        if data is not self.spec.data:
+            return data.content(self.facts.data[data.source_id])
+        if not known:
+            known.update(data.content(self.facts.data[data.source_id]))
+        return known
 
     def _active_values(self, point: Point, chain: Chain) -> dict[str, Any]:
         active: dict[str, Any] = {}
@@ -166,11 +184,20 @@ class Planner:
         return active
 
 
+def _refuse_compiled_packs(chain: Chain, run: RunSettings) -> None:
+    compiled = [name for name, stage in chain.items() if stage.train.compile]
+    if compiled and run.pack_size not in (1, "auto"):
+        raise ConfigurationError(
+            f"stages.{compiled[0]}.train.compile is true and run.pack is {run.pack}, which exclude each other: networks are "
+            "compiled for one stage in one process; set run.pack to 'auto' or 'off', or compile to false"
+        )
+
+
 def _has_effect(stage: StageSpec, setting: str, spec: ExperimentSpec) -> bool:
     if setting.startswith("train."):
         return setting.removeprefix("train.") in active_train(stage.train)
-    if setting in to_plain(stage.settings):
-        return setting in active_settings(stage, spec.catalog)
+    if any(setting == item.name for item in fields(stage.settings)):
+        return setting not in inactive_settings(stage, spec.catalog)
     return True
 
 

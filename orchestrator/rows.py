@@ -144,24 +144,33 @@ def _stopped_rows(trial: Trial, outcome: Outcome | None, store: Store) -> list[d
 
 
 class CostHistory:
-    """Expected seconds of a stage, from what epochs of its kind took before: the median, read again now and then."""
+    """What a stage is expected to cost, from what stages of its kind did before: medians, read again now and then."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._per_epoch: dict[str, float] = {}
+        self._known: dict[str, dict[str, Any]] = {}
 
     def forget(self) -> None:
         """Read the history again at the next question."""
-        self._per_epoch.clear()
+        self._known.clear()
 
     def seconds(self, stage: PlannedStage) -> float | None:
-        if stage.signature not in self._per_epoch:
+        """Expected seconds; None where no stage of its kind has been measured."""
+        per_epoch = self._median(stage, "seconds_per_epoch")
+        return None if per_epoch is None else per_epoch * stage.epochs
+
+    def memory_share(self, stage: PlannedStage) -> float | None:
+        """Which part of the memory that goes with its cores or its GPU it takes; None where that was not measured."""
+        return self._median(stage, "memory_share")
+
+    def _median(self, stage: PlannedStage, name: str) -> float | None:
+        if stage.signature not in self._known:
             record = self._read(stage.signature)
             if record is None:
                 return None
-            known = sorted(record["seconds_per_epoch"])
-            self._per_epoch[stage.signature] = known[len(known) // 2]
-        return self._per_epoch[stage.signature] * stage.epochs
+            self._known[stage.signature] = record
+        known = sorted(self._known[stage.signature].get(name, []))
+        return known[len(known) // 2] if known else None
 
     def _read(self, signature: str) -> dict[str, Any] | None:
         try:

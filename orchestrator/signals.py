@@ -194,7 +194,8 @@ class StageSignals:
     def _is_fixed(self, network: RecordedNetwork, probe: Probe) -> bool:
         """Whether epochs may share rows: images stay as they are, and no bit depends on a row's place in its batch."""
         train, size = self.stage.spec.train, self.workers.size
-        if not is_fixed(self.stage.data) or train.batch_size % (size * train.accumulate):
+        is_even = train.batch_size % (size * train.accumulate) == 0
+        if not is_fixed(self.stage.data) or not is_even or train.compile:  # compiled for each size by itself
             return False
         return probe.has_independent_rows(network)
 

@@ -106,6 +106,7 @@ def recording_content(
         "batch_size": train.batch_size,
         "accumulate": train.accumulate,
         "precision": train.precision,
+        **({"compile": True} if train.compile else {}),
         "workers": num_workers,
     }
 

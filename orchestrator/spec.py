@@ -152,8 +152,10 @@ class RunSettings:
     """Upper bound of trials at a time; by default as many as fit."""
     pack: int | bool | Literal["auto", "off"] = "auto"
     """How many trials that learn from the same network train side by side in one process, behind one pass of it.
-    ``auto``: as many as leave every slot busy, once a stage of their kind is known to take long enough. Trials with
-    other teachers, seeds or batches are not packed together, and those whose stages have groups of workers never."""
+    ``auto``: as many as leave every slot busy and fit into the memory, once a stage of their kind was measured and is
+    known to take long enough. Trials with
+    other teachers, seeds or batches are not packed together, and those whose stages are compiled or have groups of
+    workers never."""
     storage: str = "runs"
     """Artifacts, checkpoints and reports: a folder or an fsspec URL that every node reaches."""
     tracking: str | None = None

@@ -28,6 +28,7 @@ from orchestrator.errors import ConfigurationError, DamagedArtifactError, OutOfM
 from orchestrator.fence import OPEN, Fence, FencedSlot
 from orchestrator.loop import Row, Training, evaluate, train
 from orchestrator.measure import size_and_speed
+from orchestrator.memory_share import memory_share_bytes
 from orchestrator.optimisation import TrainSettings
 from orchestrator.pictures import Drawn, draw_stage
 from orchestrator.plan import PlannedStage
@@ -167,7 +168,12 @@ class StageRunner:
             method = method_class(spec.settings, task=task, model=model, inputs=inputs)
         for network in (method, *(teacher.network for teacher in inputs.values())):
             network.to(memory_format=torch.channels_last)  # convolutions run about 1.5 x faster, on CPU too
-        return method.to(device)
+        method = method.to(device)
+        if spec.train.compile and spec.train.epochs > 0:
+            from orchestrator.compiling import compile_networks  # takes a second, and few stages want it
+
+            compile_networks(stage.name, method, inputs.values(), torch.get_num_threads())
+        return method
 
     def _teacher(self, source: Source) -> Teacher:
         return source.teacher()
@@ -201,7 +207,7 @@ class StageRunner:
             "task": to_plain(task),
             **data.described(),
             "metrics": {**metrics, "seconds": training.seconds},
-            "cost": self._cost(stage, training),
+            "cost": self._cost(stage, training, device),
             **({"signals": told} if (told := signals.summary()) else {}),
             **drawn.told,
             "placement": {
@@ -246,8 +252,11 @@ class StageRunner:
             "epochs": stage.epochs,
         }
 
-    def _cost(self, stage: PlannedStage, training: Training) -> dict[str, float]:
-        """``cpu_seconds`` were used by the processes; ``held_cpu_seconds`` and ``gpu_seconds`` were reserved."""
+    def _cost(self, stage: PlannedStage, training: Training, device: torch.device) -> dict[str, float]:
+        """``cpu_seconds`` were used by the processes; ``held_cpu_seconds`` and ``gpu_seconds`` were reserved.
+
+        ``memory_share_bytes`` is what one of them could use, ``peak_memory_bytes`` what it did.
+        """
         held = stage_resources(self.run, stage.name)
         return {
             "seconds": training.seconds,
@@ -255,6 +264,9 @@ class StageRunner:
             "held_cpu_seconds": training.worker_seconds * held.cpus_per_worker,
             "gpu_seconds": training.worker_seconds * held.gpus_per_worker,
             "peak_memory_bytes": training.peak_memory_bytes,
+            "memory_share_bytes": memory_share_bytes(
+                device, cpus=held.cpus_per_worker, gpus=held.gpus_per_worker
+            ),
             "resumed_epochs": training.resumed_epochs,
         }
 

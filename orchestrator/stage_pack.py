@@ -13,6 +13,7 @@ from methods.base import Method, Source, Teacher
 from methods.data.base import LoadedData, SampleStream
 from methods.data.randomness import derive_seed
 from methods.models.tapped import Tapped
+from orchestrator.behind import BackgroundSlot
 from orchestrator.fence import OPEN, Fence, FencedSlot
 from orchestrator.pack import PackMember, train_pack
 from orchestrator.packing import stream_signature
@@ -74,12 +75,14 @@ class StagePack(StageRunner):
         self, job: StageJob, data: LoadedData, streams: Mapping[str, SampleStream], device: torch.device
     ) -> PackMember:
         stage, own = job.stage, replace(self, fence=job.fence)
+        slot = BackgroundSlot(self.store.checkpoints(stage.key), job.fence)
         return PackMember(
             build=partial(own._prepared, stage, data, streams["training"], device),
             settings=stage.spec.train,
             seed=derive_seed(stage.seed, "train", stage.spec.method),
-            checkpoints=FencedSlot(self.store.checkpoints(stage.key), job.fence),
+            checkpoints=FencedSlot(slot, job.fence),
             observe=job.report,
+            writing=slot,
             finish=lambda method, training: own._finish(
                 stage, data.task(), data, method, training, streams, device, own._live(stage, device)
             ),

@@ -171,7 +171,7 @@ class Sweep:
 
     def _drive(self, endings: Endings, log: SweepLog, display: Display, run_id: str) -> _Run:
         costs = CostHistory(self.store)
-        packing = PackPolicy.of(self.spec, costs.seconds)
+        packing = PackPolicy.of(self.spec, costs.seconds, costs.memory_share)
         if packing.is_off and self.spec.run.pack_size not in (1, "auto"):
             display.event(
                 f"run.pack is {self.spec.run.pack}, but trials train alone: all stages need one worker and the same resources"
@@ -223,8 +223,9 @@ class Sweep:
         )  # fmt: skip
         execute = StageExecute(stages)
         runner = PackRunner(
-            self.store, execute, self.spec.search.objectives, run_id, execute_all=execute.together
-        )
+            self.store, execute, self.spec.search.objectives, run_id, execute_all=execute.together,
+            is_scheduled=self.spec.search.scheduler.name != "none",
+        )  # fmt: skip
         drive(self.planner, runner, run.dispatcher, monitor, room=room, interrupt=run.stopper.interrupt)
 
     def _load_data(self) -> Iterator[tuple[str, LoadedData]]:

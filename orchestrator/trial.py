@@ -203,13 +203,20 @@ class TrialRunner:
         }  # fmt: skip
         self.store.write_json(failure_path(stage.key), record)
 
-    def record_cost(self, stage: PlannedStage, seconds: float) -> None:
-        """Remember what an epoch of this kind of stage took, whole stage included, for later estimates."""
+    def record_cost(self, stage: PlannedStage, seconds: float, num_together: int = 1) -> None:
+        """Remember what an epoch of this kind of stage took, whole stage included, and its memory, for later estimates.
+
+        Of a pack of ``num_together`` stages, one's part.
+        """
         path = f"costs/{stage.signature}.json"
         try:
             known = self.store.read_json(path) or {"seconds_per_epoch": []}
             per_epoch = seconds / max(1, stage.epochs)
             known["seconds_per_epoch"] = [*known["seconds_per_epoch"], per_epoch][-16:]
+            cost = self.store.manifest(stage.key).get("cost", {})
+            if cost.get("peak_memory_bytes") and cost.get("memory_share_bytes"):
+                share = cost["peak_memory_bytes"] / num_together / cost["memory_share_bytes"]
+                known["memory_share"] = [*known.get("memory_share", []), share][-16:]
             self.store.write_json(
                 path, known, durable=False
             )  # an estimate is not worth two waits for the disk

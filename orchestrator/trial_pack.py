@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 0.4
 LOOKS_BETWEEN_SIGNS = 8
 """A follower looks for news often, and whether its leader lives now and then."""
+ANSWER_SECONDS = 60.0
+"""How long a leader waits, before it finishes a stage, for the trial that may have been stopped meanwhile."""
 LEADER_BEGINS_SECONDS = 60.0
 """How long a follower waits for the first sign of its leader, which has its process already."""
 
@@ -44,6 +46,8 @@ class PackRunner(TrialRunner):
     """Walks trials alone, and as members of a pack."""
 
     execute_all: ExecuteAll | None = None
+    is_scheduled: bool = False
+    """Whether trials may be stopped early: then a stage is finished only when its trial has got past all its epochs."""
 
     def lead(self, pack: str, trials: Sequence[Trial], report: Observer) -> Outcome:
         """Walk ``trials`` side by side; gives the outcome of the first, whose epochs are reported as in ``run``.
@@ -71,6 +75,8 @@ class PackRunner(TrialRunner):
                     if row["epoch"] > last_epoch:
                         last_epoch = row["epoch"]
                         report(row)
+                        if self.is_scheduled and last_epoch >= trial.final.epochs:
+                            board.say_heard(trial.key)
                 if told.outcome is not None or is_gone:
                     board.wipe(trial.key)
                     return told.outcome or Outcome(status="deferred")
@@ -186,7 +192,7 @@ class _Pack:
             failures = self._together(reports)
             seconds = (time.time() - started) / len(reports)
             for (stage, _), failure in zip(reports, failures, strict=True):
-                self._take_in(stage, failure, seconds)
+                self._take_in(stage, failure, seconds, len(reports))
 
     def _together(self, reports: Sequence[StageReport]) -> list[Exception | None]:
         """Trouble of the pack as a whole is no stage's own failure: each is left to itself."""
@@ -209,10 +215,12 @@ class _Pack:
             raise BusyElsewhereError
         return lease
 
-    def _take_in(self, stage: PlannedStage, error: Exception | None, seconds: float) -> None:
+    def _take_in(
+        self, stage: PlannedStage, error: Exception | None, seconds: float, num_together: int
+    ) -> None:
         if error is None:
             self._store.delete_json(failure_path(stage.key))
-            self._runner.record_cost(stage, seconds)
+            self._runner.record_cost(stage, seconds, num_together)
             return
         if self._runner.failed(error).status == "failed":
             self._record(stage, error)
@@ -246,7 +254,23 @@ class _Pack:
     def _pass_on(self, trial: Trial, row: Row) -> bool:
         if trial is self._trials[0]:
             return bool(self._report(row))
-        if self._board.is_asked_to_stop(trial.key):
-            return True
-        self._board.tell(trial.key, self._rows[trial.key])
+        is_last = row["epoch"] >= trial.final.epochs
+        if not (is_stopped := self._board.is_asked_to_stop(trial.key)):
+            self._board.tell(trial.key, self._rows[trial.key])
+            is_stopped = is_last and self._runner.is_scheduled and self._is_stopped_late(trial)
+        if is_stopped and is_last:  # training has ended anyway; what must not come into being is the artifact
+            raise StopTraining("its trial was stopped early")
+        return is_stopped
+
+    def _is_stopped_late(self, trial: Trial) -> bool:
+        """Whether ``trial``, whose epochs are trained, is stopped at one of them; its process is waited for."""
+        stop_requested = self._runner.stop_requested()
+        until = time.monotonic() + ANSWER_SECONDS
+        while time.monotonic() < until:
+            if self._board.is_asked_to_stop(trial.key):
+                return True
+            if self._board.is_heard(trial.key) or stop_requested():
+                return False
+            time.sleep(LOOK_SECONDS / 4)
+        logger.warning("trial %s does not say whether it was stopped; its stage is finished", trial.key[:8])
         return False

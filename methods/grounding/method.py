@@ -54,6 +54,7 @@ class GroundingMethod(Method):
     task_type: ClassVar[type] = GroundingTask
     needs_model: ClassVar[bool] = False
     same_classes: ClassVar[bool] = False
+    can_be_compiled: ClassVar[bool] = False
     emits: ClassVar[frozenset[str]] = frozenset({"grounding"})
     ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = RANGES
     evaluation_metrics: ClassVar[tuple[str, ...]] = GROUNDING_METRICS

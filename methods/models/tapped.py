@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from methods.models.compiled import CompiledPass
 from methods.models.pass_memory import PassMemory
 from methods.names import did_you_mean
 
@@ -100,6 +101,8 @@ class Tapped(nn.Module):
         self.classifier_path = classifier_path
         self.num_features = _input_width(find_module(network, classifier_path), classifier_path)
         self._memory: PassMemory[Features] | None = None
+        self._compiled: dict[Taps, CompiledPass] = {}
+        self._compiled_mode: bool | None = None
 
     def remember_passes(self) -> None:
         """From now on, a pass without gradient over images that are still alive is not computed twice.
@@ -107,6 +110,10 @@ class Tapped(nn.Module):
         For a frozen network that several students learn from. What it gives must not be changed in place.
         """
         self._memory = PassMemory()
+
+    def compile_passes(self, *, in_training: bool) -> None:
+        """From now on torch compiles the passes in training mode, or else those in evaluation mode. Weights keep their names."""
+        self._compiled_mode = in_training
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[B, C]`` and pooled features ``[B, D]`` of images ``[B, 3, H, W]``."""
@@ -121,7 +128,7 @@ class Tapped(nn.Module):
 
     def _features(self, images: Tensor, taps: Taps) -> Features:
         every = Taps(inputs=(self.classifier_path, *taps.inputs), outputs=taps.outputs)
-        logits, recorded = every.run(self.network, images)
+        logits, recorded = self._run(images, every)
         pooled = recorded[f"{self.classifier_path}:input"]
         if pooled.dim() == 4 and pooled.shape[2:] == (1, 1):  # a classifier written as a 1x1 convolution
             pooled = pooled.flatten(1)
@@ -131,6 +138,15 @@ class Tapped(nn.Module):
                 f"{self.classifier_path!r} takes {shape}, not a pooled vector [B, D]: choose another"
             )
         return Features(logits, pooled, tuple(recorded[name] for name in taps.names))
+
+    def _run(self, images: Tensor, taps: Taps) -> tuple[Any, dict[str, Tensor]]:
+        if self.training != self._compiled_mode:
+            return taps.run(self.network, images)
+        if taps not in self._compiled:
+            with torch.no_grad(), evaluating(self.network):
+                taps.run(self.network, images[:1])  # refuses what cannot be read; compiled passes do not look
+            self._compiled[taps] = CompiledPass(self.network, taps)
+        return self._compiled[taps](images)
 
 
 def find_module(network: nn.Module, path: str) -> nn.Module:

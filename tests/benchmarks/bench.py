@@ -20,16 +20,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
 from measurement import Measurement, machine, markdown
+from processes import descendants
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "RESULTS.md"
-QUICK_SECONDS, FULL_SECONDS = 900.0, 7200.0
-"""How long one benchmark may take before it is ended and shown as failed: several times what it needs on an idle machine."""
+QUICK_SECONDS, FULL_SECONDS = 600.0, 7200.0
+"""How long one benchmark may take before it is ended and shown as failed: more than twice what it needs on an idle
+machine. One in which every sweep starts a Ray of its own needs ten times as long beside fifteen other processes."""
 MARK = "measurement: "
 
 
@@ -92,12 +95,21 @@ def run_apart(path: Path, *, quick: bool) -> list[Measurement]:
         try:
             out, err = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired as error:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+            end(child)
             raise RuntimeError(f"{path.stem}: not ready after {seconds:.0f} s") from error
     if child.returncode != 0:
         raise RuntimeError(f"{path.stem}: ended with {child.returncode}: {err[-2000:]}")
     return list(read_measurements(out))
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    """Kill a benchmark with all that it started: Ray's processes are in sessions of their own."""
+    below = descendants(child.pid)
+    os.killpg(child.pid, signal.SIGKILL)
+    for process in below:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+    child.wait()
 
 
 def read_measurements(text: str) -> Iterator[Measurement]:

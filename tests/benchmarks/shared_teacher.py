@@ -44,14 +44,22 @@ class Size:
     student: str = "resnet8x4"
     few_steps: int = 1
     many_steps: int = 4
-    num_plain: int = 4
-    """How many of the 16 trials run in the systems that share nothing."""
+    """Of each of our 16 students."""
+    many_plain_steps: int = 9
+    """Of each trial in the systems that share nothing."""
+    num_plain: int = NUM_SLOTS
+    """How many of the 16 trials run there."""
     num_rounds: int = 1
+
+    def of(self, system: str) -> tuple[int, int]:
+        """Trials of a system, and steps of each in the long run."""
+        is_ours = system == "ours"
+        return (NUM_STUDENTS, self.many_steps) if is_ours else (self.num_plain, self.many_plain_steps)
 
 
 def measure(quick: bool) -> Iterator[Measurement]:
     """Our sweep against both others."""
-    size = Size() if quick else Size(many_steps=17, num_plain=NUM_STUDENTS, num_rounds=3)
+    size = Size() if quick else Size(many_steps=17, many_plain_steps=17, num_plain=NUM_STUDENTS, num_rounds=3)
     split = teacher_and_student_seconds(size, num_rounds=3 if quick else 7)
     rounds = [{system: Cost.of(system, size) for system in SYSTEMS} for _ in range(size.num_rounds)]
     yield from summarise(size, rounds, split)
@@ -71,10 +79,10 @@ class Cost:
     @classmethod
     def of(cls, system: str, size: Size) -> Cost:
         """Run the system at both lengths."""
-        num_trials = NUM_STUDENTS if system == "ours" else size.num_plain
+        num_trials, many_steps = size.of(system)
         few, _ = run_sweep(system, size, size.few_steps, num_trials)
-        many, peak = run_sweep(system, size, size.many_steps, num_trials)
-        of_trials = (many - few) / (size.many_steps - size.few_steps)
+        many, peak = run_sweep(system, size, many_steps, num_trials)
+        of_trials = (many - few) / (many_steps - size.few_steps)
         return cls(
             per_step=of_trials * NUM_STUDENTS / num_trials,
             fixed=few - of_trials * size.few_steps,
@@ -100,7 +108,7 @@ def summarise(size: Size, rounds: list[dict[str, Cost]], split: tuple[float, flo
             ours=ours, theirs=theirs, unit="CPU s", against=f"{system}, plain Ray Tune, teacher in each trial",
             peak_bytes=max(costs["ours"].peak_bytes for costs in rounds),
             ratio=median(costs[system].of_epoch() / costs["ours"].of_epoch() for costs in rounds), at_least=target,
-            note=f"shared: {sharing}; extrapolated from {size.few_steps} and {size.many_steps} steps; all students a step: "
+            note=f"shared: {sharing}; extrapolated from {size.few_steps} and {size.many_steps} steps (theirs {size.many_plain_steps}); load average {os.getloadavg()[0]:.1f}; all students a step: "
             f"{steps:.1f} against {other_steps:.1f} CPU s; split of a step: teacher {teacher:.2f}, student {student:.2f} CPU s, "
             f"ideal {ideal:.2f}",
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import bench
@@ -74,3 +75,37 @@ def test_the_machine_is_described_without_its_name() -> None:
     import socket
 
     assert socket.gethostname() not in "".join(measurement.machine(1.0))
+
+
+ENDLESS = """
+import subprocess, sys, time
+
+def measure(quick):
+    sleeper = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    with open({note!r}, "w") as file:
+        file.write(str(sleeper.pid))
+    time.sleep(600)
+"""
+
+
+def is_alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_benchmark_that_takes_too_long_is_ended_with_all_that_it_started(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = folder / "pid"
+    (folder / "endless.py").write_text(ENDLESS.format(note=str(note)))
+    monkeypatch.setattr(bench, "QUICK_SECONDS", 6.0)
+    with pytest.raises(RuntimeError, match="endless: not ready after 6 s"):
+        bench.run_apart(folder / "endless.py", quick=True)
+    pid = note.read_text()
+    for _ in range(100):
+        if not is_alive(pid):
+            break
+        time.sleep(0.05)
+    assert not is_alive(pid)

@@ -96,7 +96,7 @@ def test_a_step_is_split_into_data_and_step() -> None:
 
 
 def test_the_cost_of_16_students_follows_from_two_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """20 s for a sweep, 2 s for a step of each trial; ours runs all 16 trials, others 4 of them."""
+    """20 s for a sweep, 2 s for a step of each trial; ours runs all 16 trials, others some of them, for longer."""
 
     def run_sweep(
         system: str, size: shared_teacher.Size, num_steps: int, num_trials: int

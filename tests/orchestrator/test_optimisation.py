@@ -79,7 +79,7 @@ def test_nesterov_needs_momentum() -> None:
     ],
 )
 def test_settings_without_effect_are_named(settings: dict[str, Any], inactive: set[str]) -> None:
-    own = set() if settings.get("epochs") == 0 else {"min_micro_batch"}
+    own = set() if settings.get("epochs") == 0 else {"min_micro_batch", "compile"}
     assert TrainSettings.inactive(TrainSettings(**settings)) == inactive | own
 
 

@@ -74,8 +74,8 @@ def test_without_a_teacher_there_is_nothing_to_share() -> None:
     assert pack_signature(trial({}, changes=changes), none_stored) is None
 
 
-def measured(seconds: float | None) -> PackPolicy:
-    return PackPolicy(size="auto", seconds=lambda stage: seconds)
+def measured(seconds: float | None, share: float | None = None) -> PackPolicy:
+    return PackPolicy(size="auto", seconds=lambda stage: seconds, memory_share=lambda stage: share)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,11 @@ def measured(seconds: float | None) -> PackPolicy:
         (measured(600.0), 1, 4, 1),
         (measured(600.0), 50, 1, MOST_TOGETHER),
         (measured(600.0), 5, 0, 5),
+        (measured(600.0, share=0.25), 50, 1, 3),
+        (measured(600.0, share=0.01), 50, 1, MOST_TOGETHER),
+        (measured(600.0, share=0.9), 50, 1, 1),
+        (measured(600.0, share=0.3), 4, 3, 2),
+        (PackPolicy(size=4, memory_share=lambda stage: 0.9), 9, 1, 4),
     ],
 )
 def test_how_many_make_a_pack(policy: PackPolicy, num_ready: int, num_free_slots: int, expected: int) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,14 @@ from experiment_cases import planner_of
 
 from methods import BUILTIN
 from methods.models.tapped import Tapped
+from orchestrator.checkpoint import Checkpoints
 from orchestrator.errors import DivergedError, OutOfMemoryError
 from orchestrator.plan import PlannedStage, Planner, Point
 from orchestrator.spec import RunSettings
 from orchestrator.stage import StageRunner
 from orchestrator.stage_pack import StageJob, StagePack
 from orchestrator.store import Store
+from orchestrator.training import StopTraining
 
 SHORT = {"epochs": 2, "batch_size": 128}
 STAGES: dict[str, Any] = {
@@ -104,6 +109,61 @@ def test_failures_are_told_apart(planner: Planner, tmp_path: Path) -> None:
     assert isinstance(diverged, DivergedError)
     assert isinstance(large, OutOfMemoryError)
     assert f"stage views ({chains[2]['views'].key[:8]}) ran out of memory" in str(large)
+
+
+def test_checkpoints_are_written_behind_and_none_outlives_its_stage(
+    planner: Planner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = replace(runner_in(tmp_path), run=RunSettings(checkpoint_seconds=0))
+    chains = [stages_of(planner, {"views.margin": margin}) for margin in MARGINS[:2]]
+    runner.execute(chains[0]["teacher"], lambda row: None)
+    writers: list[str] = []
+    write = Checkpoints.write
+
+    def slow_write(self: Checkpoints, contents: Any) -> None:
+        writers.append(threading.current_thread().name)
+        time.sleep(0.02)
+        write(self, contents)
+
+    monkeypatch.setattr(Checkpoints, "write", slow_write)
+    views = [chain["views"] for chain in chains]
+    jobs = [
+        StageJob(stage=stage, report=lambda row, stage=stage: stage is views[1] and row["epoch"] == 1)
+        for stage in views
+    ]
+    done, stopped = StagePack.of(runner).execute_all(jobs)
+    assert done is None
+    assert isinstance(stopped, StopTraining)
+    assert writers
+    assert all(name.startswith("checkpoint") for name in writers)
+    assert runner.store.checkpoints(views[0].key).load() is None
+    kept = runner.store.checkpoints(views[1].key).load()
+    assert kept is not None
+    assert kept["epoch"] == 1
+
+
+def test_a_pack_that_outgrows_the_memory_leaves_the_artifacts_of_stages_alone(
+    planner: Planner, tmp_path: Path
+) -> None:
+    alone, together = runner_in(tmp_path / "alone"), runner_in(tmp_path / "together")
+    chains = [stages_of(planner, {"views.margin": margin}) for margin in MARGINS]
+    for runner in (alone, together):
+        runner.execute(chains[0]["teacher"], lambda row: None)
+    for chain in chains:
+        alone.execute(chain["views"], lambda row: None)
+    fullness = iter([MemoryError("all three")])
+
+    def exhaust_once(row: Any) -> None:
+        for error in fullness:
+            raise error
+
+    reports = [lambda row: None, exhaust_once, lambda row: None]
+    jobs = [
+        StageJob(stage=chain["views"], report=report) for chain, report in zip(chains, reports, strict=True)
+    ]
+    assert StagePack.of(together).execute_all(jobs) == [None] * 3
+    for chain in chains:
+        assert contents(together, chain["views"]) == contents(alone, chain["views"])
 
 
 def test_stages_on_other_batches_are_refused(planner: Planner, tmp_path: Path) -> None:

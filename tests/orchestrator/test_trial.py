@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from experiment_cases import key_of, spec_of, trial_of
 
 from orchestrator import trial as trial_module
@@ -15,7 +16,9 @@ from orchestrator.dispatch import Outcome
 from orchestrator.ending import Endings
 from orchestrator.errors import ConfigurationError, DivergedError, OutOfMemoryError, StorageError
 from orchestrator.loop import Row, StopTraining
+from orchestrator.memory_share import host_memory_bytes, memory_share_bytes
 from orchestrator.plan import PlannedStage, Trial
+from orchestrator.rows import CostHistory
 from orchestrator.spec import Objective
 from orchestrator.store import Store
 from orchestrator.trial import TrialRunner, failure_path, objective_values, stop_path
@@ -293,6 +296,41 @@ def test_costs_are_remembered_per_epoch(store: Store, epochs: int) -> None:
     assert Bench(store).run(trial) == DONE
     (cost,) = store.read_json(f"costs/{trial.stages[0].signature}.json")["seconds_per_epoch"]
     assert 0 <= cost < 10
+
+
+def test_what_stages_took_of_their_memory_is_remembered(store: Store) -> None:
+    stage = trial_of().final
+    runner, history = Bench(store).runner, CostHistory(store)
+    assert history.memory_share(stage) is None
+    store.put(stage.key, {}, {"metrics": {}, "cost": {"peak_memory_bytes": 3e9, "memory_share_bytes": 12e9}})
+    runner.record_cost(stage, 1.0)
+    assert history.memory_share(stage) == 0.25
+    for _ in range(2):
+        runner.record_cost(stage, 1.0, num_together=5)  # a pack: the process was that of five
+    history.forget()
+    assert history.memory_share(stage) == 0.05
+    assert history.seconds(stage) is not None
+
+
+def test_costs_of_older_versions_tell_no_memory(store: Store) -> None:
+    stage = trial_of().final
+    store.write_json(f"costs/{stage.signature}.json", {"seconds_per_epoch": [2.0]})
+    assert CostHistory(store).memory_share(stage) is None
+    assert CostHistory(store).seconds(stage) == 2.0 * stage.epochs
+
+
+@pytest.mark.parametrize(("text", "expected"), [("max\n", None), ("1048576\n", 2.0**20), (None, None)])
+def test_memory_of_a_container_is_what_it_may_use(
+    text: str | None, expected: float | None, tmp_path: Path
+) -> None:
+    limit = tmp_path / "memory.max"
+    if text is not None:
+        limit.write_text(text)
+    whole = host_memory_bytes(tmp_path / "absent")
+    assert host_memory_bytes(limit) == (whole if expected is None else expected)
+    cpu = torch.device("cpu")
+    assert memory_share_bytes(cpu, cpus=10**6, gpus=0) == host_memory_bytes()
+    assert 0 < memory_share_bytes(cpu, cpus=0.25, gpus=0) < host_memory_bytes()
 
 
 def test_the_worth_of_a_trial(store: Store) -> None:

@@ -32,14 +32,22 @@ DONE = Outcome(status="done", values=(42.0,))
 class Bench:
     """A runner whose trainings note what they made; ``before`` may raise, by stage and epoch."""
 
-    def __init__(self, store: Store, before: Callable[[PlannedStage, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        before: Callable[[PlannedStage, int], None] | None = None,
+        *,
+        is_scheduled: bool = False,
+    ) -> None:
         self.store = store
         self.before = before or (lambda stage, epoch: None)
         self.made: list[list[str]] = []
         self.rows: list[float] = []
         self.pack = uuid.uuid4().hex
         self.board = PackBoard(store, self.pack)
-        self.runner = PackRunner(store, self.execute, (TOP1,), "run", execute_all=self.execute_all)
+        self.runner = PackRunner(
+            store, self.execute, (TOP1,), "run", execute_all=self.execute_all, is_scheduled=is_scheduled
+        )
 
     def execute(self, stage: PlannedStage, report: Observer) -> None:
         failure = self.execute_all([(stage, report)])[0]
@@ -63,7 +71,8 @@ class Bench:
         except Exception as error:
             return error
         if epoch == EPOCHS:
-            manifest = {"inputs": dict(stage.inputs), "metrics": {"top1": 42.0}}
+            cost = {"peak_memory_bytes": 6e8, "memory_share_bytes": 6e9}
+            manifest = {"inputs": dict(stage.inputs), "metrics": {"top1": 42.0}, "cost": cost}
             self.store.put(stage.key, {"weights": b"0123"}, manifest)
         return None
 
@@ -82,7 +91,8 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def trials() -> list[Trial]:
     """Two students on one views stage, and one on another."""
-    planner = planner_of({"baselines": {}, "search/seeds": 1})
+    train = {"epochs": EPOCHS}
+    planner = planner_of({"baselines": {}, "search/seeds": 1, "stages/student/train": train})
     points: list[dict[str, Any]] = [
         {"student.kd_weight": 0.5},
         {"student.kd_weight": 0.7},
@@ -112,6 +122,7 @@ def test_a_pack_walks_its_chains_side_by_side(store: Store, trials: list[Trial])
         assert store.holder(key) is None
     costs = store.read_json(f"costs/{trials[0].final.signature}.json")
     assert len(costs["seconds_per_epoch"]) == 3
+    assert costs["memory_share"] == [pytest.approx(0.1 / 3)] * 3
 
 
 def test_what_is_stored_is_used(store: Store, trials: list[Trial]) -> None:
@@ -257,6 +268,37 @@ def test_a_follower_that_is_stopped_leaves_the_others(store: Store, trials: list
     assert not store.has(trials[1].key)
     assert store.has(trials[2].key)
     assert bench.told(trials[1:]) == [None, DONE]  # nobody is there to read it
+
+
+def test_a_stop_that_comes_after_the_last_epoch_still_stops(store: Store, trials: list[Trial]) -> None:
+    """Whoever is quicker, a trial that its scheduler stopped leaves no artifact, and is not done in the next run."""
+    bench = Bench(store, is_scheduled=True)
+    late, through = Follower(bench, trials[1], stop_at=1), Follower(bench, trials[2])
+
+    def start_late(stage: PlannedStage, epoch: int) -> None:
+        if stage.key == trials[0].key and epoch == EPOCHS:
+            for follower in (late, through):
+                threading.Timer(0.3, follower.start).start()
+
+    bench.before = start_late
+    assert bench.lead(trials) == DONE
+    late.join(30)
+    through.join(30)
+    assert late.was_stopped
+    assert not store.has(trials[1].key)
+    assert store.read_json(failure_path(trials[1].key)) is None
+    assert (through.outcome, through.rows) == (DONE, [1, 2, 3])
+    assert store.list_json("packs/") == []
+
+
+def test_a_follower_that_never_answers_is_not_waited_for_without_end(
+    store: Store, trials: list[Trial], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trial_pack, "ANSWER_SECONDS", 0.01)
+    bench = Bench(store, is_scheduled=True)
+    assert bench.lead(trials) == DONE
+    assert bench.told(trials[1:]) == [DONE, DONE]
+    assert f"{trials[1].key[:8]} does not say whether it was stopped" in caplog.text
 
 
 def test_a_follower_whose_leader_is_gone_is_deferred(
