@@ -165,7 +165,9 @@ def fitting(text: str, width: int) -> str:
     line, font = " ".join(text.split()), _font()
     if font.getlength(line) <= width:
         return line
-    num_kept = bisect_right(range(len(line)), width, key=lambda end: font.getlength(f"{line[:end]}...")) - 1
+    num_kept = (
+        bisect_right(range(len(line)), float(width), key=lambda end: font.getlength(f"{line[:end]}...")) - 1
+    )
     return f"{line[: max(0, num_kept)].rstrip()}..."
 
 

@@ -117,7 +117,8 @@ class Grounder:
         return output
 
     def _prediction(self, output: GroundingOutput, row: int, text: str, size: Sequence[int]) -> Prediction:
-        frame = frame_of(*size, self.task.image_size, self._fit)
+        height, width = size
+        frame = frame_of(height, width, self.task.image_size, self._fit)
         mask = picture_mask(output.mask_logits[row], frame, torch.Size(size), self.rules).cpu().numpy()
         says_none, cleared = self._rejection(output, row, mask)
         if cleared:
