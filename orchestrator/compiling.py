@@ -41,7 +41,7 @@ def compile_networks(stage_name: str, method: Method, teachers: Iterable[Teacher
     if not students and not taught_by:
         raise ConfigurationError(f"{path}: {type(method).__name__} runs no network that can be compiled; set it to false")  # fmt: skip
     _use_cache_folder(path)
-    torch.compiler.reset()  # type: ignore[no-untyped-call]  # networks of earlier stages are gone
+    torch.compiler.reset()  # networks of earlier stages are gone
     torch._dynamo.config.recompile_limit = MOST_SIZES
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # not: go on uncompiled and say nothing
     torch._inductor.config.compile_threads = num_threads

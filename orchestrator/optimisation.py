@@ -289,6 +289,8 @@ class Updater:
     def load_state(self, tree: Mapping[str, Any]) -> None:
         """Continue from what ``state`` gave, with its tensors."""
         self.optimizer.load_state_dict(tree["optimizer"])
+        for parameter, kept in self.optimizer.state.items():
+            kept.update({name: _laid_out_like(parameter, value) for name, value in kept.items()})
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(tree["scaler"])
 
@@ -318,6 +320,18 @@ class Updater:
         else:
             self._streak = 0 if finite else self._streak + 1
             self._worst = max(self._worst, self._streak)
+
+
+def _laid_out_like(parameter: Tensor, value: Any) -> Any:
+    """``value`` with its numbers in the order in memory that ``parameter`` has, where it has one for each weight.
+
+    Fused kernels pair weights and state by their place in memory. What comes from a checkpoint is contiguous, and weights
+    of convolutions are channels-last: each would get the momentum of another.
+    """
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    layout = torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False)
+    return layout.copy_(value)
 
 
 def _norm(gradients: list[Tensor], like: Tensor) -> Tensor:

@@ -25,10 +25,11 @@ from orchestrator.store import Store
 from orchestrator.training import Row, StopTraining
 from orchestrator.workers import SOLO, TorchWorkers, Workers
 
-TRAIN = {"epochs": 2, "batch_size": 64}
+TRAIN = {"epochs": 2, "batch_size": 256}
+"""One batch an epoch: each size of batch is compiled by itself."""
 STAGES: dict[str, Any] = {
     "teacher": {"method": "supervised", "model": "tiny_mlp", "train": {"epochs": 0}},
-    "student": {"method": "kd", "model": "mini_cnn", "teacher": "$teacher", "train": TRAIN},
+    "student": {"method": "kd", "model": "tiny_mlp", "teacher": "$teacher", "train": TRAIN},
 }
 COMPILED = {**STAGES["student"], "train": {**TRAIN, "compile": True}}
 

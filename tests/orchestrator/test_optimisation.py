@@ -257,6 +257,31 @@ class Counter(nn.Module):
         self.register_buffer("count", torch.tensor(0))
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "timm/lamb"])
+def test_weights_of_convolutions_keep_their_own_momentum(optimizer: str) -> None:
+    """They lie channels-last in memory, and what a checkpoint gives back does not."""
+    generator = torch.Generator().manual_seed(0)
+    first, targets = torch.rand(2, 4, 5, 3, 3, generator=generator)
+    settings = TrainSettings(optimizer=optimizer, learning_rate=0.1)
+
+    def continued(updater: Updater | None, weights: torch.Tensor) -> tuple[Updater, nn.Parameter]:
+        parameter = nn.Parameter(weights.clone().to(memory_format=torch.channels_last))
+        made = Updater(settings, [parameter], device=CPU)
+        if updater is not None:
+            made.load_state(from_bytes(to_bytes(updater.state())))
+        loss = ((parameter - targets) ** 2).sum()
+        made.backward(loss)
+        made.step(loss.detach(), 0.1)
+        return made, parameter
+
+    updater, parameter = continued(None, first)
+    _, resumed = continued(updater, parameter.detach())
+    loss = ((parameter - targets) ** 2).sum()
+    updater.backward(loss)
+    updater.step(loss.detach(), 0.1)
+    assert torch.equal(resumed, parameter)
+
+
 def test_weight_average_follows_the_formula_and_gives_the_weights_back() -> None:
     module = Counter()
     average = WeightAverage(module, 0.75)
