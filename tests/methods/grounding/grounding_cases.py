@@ -160,6 +160,9 @@ CASES: dict[str, GroundingCase] = {
             "decoder_stride": 32,
         },
     ),
+    "shared_ris-towers": GroundingCase(
+        method=SharedRIS, settings={**SHARED_SMALL, **TINY, "taps": (1, 2), "encoder": "dual"}
+    ),
     "cm_masksd": GroundingCase(
         method=CmMaskSD,
         settings=CM_SMALL,
