@@ -91,6 +91,7 @@ class MagNet(GroundingMethod):
     Losses: those of masks, ``ground``, ``align_pixel`` and ``align_text``.
     """
 
+    version: ClassVar[int] = 2
     Settings = MagNetSettings
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
     ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {
