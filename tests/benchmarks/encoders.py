@@ -96,9 +96,14 @@ def compare(ours: System, theirs: System, device: torch.device, num_rounds: int)
 
 def sizes(ours: System, theirs: System, where: str, own: Size, their: Size) -> Iterator[Measurement]:
     """Parameters of the finished network, and multiply-adds of one picture, in millions."""
-    for what, mine, its in zip(Size._fields, own, their, strict=True):
-        title = what.replace("_", " ").replace("multiply adds", "multiply-adds")
-        yield line(f"{title}, {where}", ours, theirs, mine / 1e6, its / 1e6, its / mine, "M")
+    bare = told(their.without_tables / own.without_tables)
+    yield line(
+        f"parameters, {where}", ours, theirs, own.parameters / 1e6, their.parameters / 1e6, unit="M",
+        more=f"; {bare} without tables of words and positions",
+    )  # fmt: skip
+    yield line(
+        f"multiply-adds, {where}", ours, theirs, own.multiply_adds / 1e6, their.multiply_adds / 1e6, unit="M"
+    )
 
 
 def timed_pair(
@@ -118,26 +123,42 @@ def timed_pair(
     mine, its = (1000 * median(column) for column in zip(*rounds, strict=True))
     ratio = median(second / first for first, second in rounds)
     where = "48 px, CPU time of one thread" if device.type == "cpu" else "48 px"
-    return line(f"{what}, {where}", ours, theirs, mine, its, ratio, "ms", device)
+    return line(f"{what}, {where}", ours, theirs, mine, its, unit="ms", ratio=ratio, device=device)
 
 
 def line(
-    what: str, ours: System, theirs: System, mine: float, its: float, ratio: float, unit: str,
+    what: str,
+    ours: System,
+    theirs: System,
+    mine: float,
+    its: float,
+    *,
+    unit: str,
+    ratio: float | None = None,
     device: torch.device | None = None,
-) -> Measurement:  # fmt: skip
-    gpu = device is not None and device.type == "cuda"
+    more: str = "",
+) -> Measurement:
+    """One row; the ratio says how many times less ours is."""
+    ratio = its / mine if ratio is None else ratio
+    is_gpu = device is not None and device.type == "cuda"
     return Measurement(
         name=f"{ours.name}: {what}", ours=mine, theirs=its, unit=unit, against=theirs.name, ratio=ratio,
-        device=torch.cuda.get_device_name() if gpu else "CPU", note=f"{100 * (1 - 1 / ratio):.0f} % less",
+        device=torch.cuda.get_device_name() if is_gpu else "CPU", note=told(ratio) + more,
     )  # fmt: skip
+
+
+def told(ratio: float) -> str:
+    """A ratio of theirs to ours in words."""
+    share = 100 * (1 - 1 / ratio)
+    return f"{share:.0f} % less" if share >= 0 else f"{-share:.0f} % more"
 
 
 class Size(NamedTuple):
     """How large a network is."""
 
     parameters: int
-    parameters_without_tables: int
-    """Without tables of words and positions, which cost no time, and whose lengths are those of a tokenizer."""
+    without_tables: int
+    """Parameters but for tables of words and positions, which cost no time, and are as long as a tokenizer wants."""
     multiply_adds: int
 
 

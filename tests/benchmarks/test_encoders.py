@@ -30,7 +30,7 @@ def test_a_single_encoder_is_smaller_than_two_that_are_fused() -> None:
     """More multiply-adds all the same: the first stages of a Swin are narrow."""
     single, fused = small(SHARED), small(MAGNET)
     assert single.parameters < fused.parameters / 2
-    assert single.parameters_without_tables == single.parameters - 34 * WIDTH
+    assert single.without_tables == single.parameters - 34 * WIDTH
 
 
 def test_pairs_are_set_against_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,13 +41,18 @@ def test_pairs_are_set_against_each_other(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(encoders, "seconds", seconds)
     monkeypatch.setattr(encoders, "NUM_WARM", 1)
     lines = list(encoders.compare(ENCODER_ONLY, TOWERS, CPU, num_rounds=2))
-    assert [item.against for item in lines] == ["Shared-RIS on two towers"] * 5
-    latency, step = lines[3:]
+    assert [item.against for item in lines] == ["Shared-RIS on two towers"] * 4
+    latency, step = lines[2:]
     assert "latency" in latency.name
     assert "training step" in step.name
     for item in (latency, step):
         assert (item.ours, item.theirs, item.ratio, item.note) == (1.0, 2.0, 2.0, "50 % less")
     assert lines[0].ratio > 1
+
+
+@pytest.mark.parametrize(("ratio", "words"), [(1.6, "38 % less"), (1.0, "0 % less"), (0.8, "25 % more")])
+def test_ratios_in_words(ratio: float, words: str) -> None:
+    assert encoders.told(ratio) == words
 
 
 def test_a_timed_step_trains() -> None:
