@@ -182,7 +182,7 @@ class MultiwayLayer(nn.Module):
         groups = [torch.cat(split, dim=3)] if is_joint else split
         masks = [None] * len(groups) if attended_B11T is None else _cut(attended_B11T, groups)
         attended = [
-            F.scaled_dot_product_attention(*group.unbind(0), attn_mask=mask)
+            F.scaled_dot_product_attention(group[0], group[1], group[2], attn_mask=mask)
             for group, mask in zip(groups, masks, strict=True)
         ]
         merged_BTD = torch.cat(attended, dim=2).transpose(1, 2).reshape(tokens_BTD.shape)
