@@ -152,6 +152,8 @@ class MultiwayLayer(nn.Module):
         attended_B11T: Tensor | None,
         between: Exchange | None = None,
         after: Exchange | None = None,
+        *,
+        is_joint: bool = True,
     ) -> Tensor:
         """The joint sequence after this layer.
 
@@ -161,8 +163,9 @@ class MultiwayLayer(nn.Module):
             attended_B11T: True where a token may be attended to; None for all.
             between: Applied between attention and feed-forward.
             after: Applied to what the layer gives.
+            is_joint: Each token attends to all parts; else to its own part only, which makes separate towers of them.
         """
-        tokens_BTD = self._attend(tokens_BTD, parts, attended_B11T)
+        tokens_BTD = self._attend(tokens_BTD, parts, attended_B11T, is_joint)
         tokens_BTD = tokens_BTD if between is None else between(tokens_BTD)
         joined = [
             run + part.expert.drop_path((part.feed_forward or part.expert.feed_forward)(run))
@@ -171,12 +174,18 @@ class MultiwayLayer(nn.Module):
         tokens_BTD = torch.cat(joined, dim=1)
         return tokens_BTD if after is None else after(tokens_BTD)
 
-    def _attend(self, tokens_BTD: Tensor, parts: Sequence[Part], attended_B11T: Tensor | None) -> Tensor:
+    def _attend(
+        self, tokens_BTD: Tensor, parts: Sequence[Part], attended_B11T: Tensor | None, is_joint: bool
+    ) -> Tensor:
         normed = [(part.norm or part.expert.norm1)(run) for run, part in _runs(tokens_BTD, parts)]
         split = [part.expert.attn.split(run) for run, part in zip(normed, parts, strict=True)]
-        queries, keys, values = torch.cat(split, dim=3).unbind(0)
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=attended_B11T)
-        merged_BTD = attended.transpose(1, 2).reshape(tokens_BTD.shape)
+        groups = [torch.cat(split, dim=3)] if is_joint else split
+        masks = [None] * len(groups) if attended_B11T is None else _cut(attended_B11T, groups)
+        attended = [
+            F.scaled_dot_product_attention(group[0], group[1], group[2], attn_mask=mask)
+            for group, mask in zip(groups, masks, strict=True)
+        ]
+        merged_BTD = torch.cat(attended, dim=2).transpose(1, 2).reshape(tokens_BTD.shape)
         outputs = [
             run + part.expert.drop_path(part.expert.attn.proj(part.expert.attn.norm(output)))
             for (run, part), (output, _) in zip(_runs(tokens_BTD, parts), _runs(merged_BTD, parts), strict=True)
@@ -252,15 +261,17 @@ class MultiwayEncoder(nn.Module):
             vision.insert(0, self.embed_class(len(images_B3HW)))
         return torch.cat([*vision, self.embed_words(token_ids_BL)], dim=1)
 
-    def states(self, images_B3HW: Tensor, token_ids_BL: Tensor, token_mask_BL: Tensor) -> Iterator[Tensor]:
-        """The joint sequence after each layer, ``[B, T, D]``, not normed."""
+    def states(
+        self, images_B3HW: Tensor, token_ids_BL: Tensor, token_mask_BL: Tensor, *, is_joint: bool = True
+    ) -> Iterator[Tensor]:
+        """The joint sequence after each layer, ``[B, T, D]``, not normed. See ``MultiwayLayer`` for ``is_joint``."""
         tokens_BTD = self.embed(images_B3HW, token_ids_BL)
         length = token_ids_BL.shape[1]
         attended = attention_mask(tokens_BTD.shape[1] - length, token_mask_BL) if length else None
         for layer in self.layers:
             assert isinstance(layer, MultiwayLayer)
             parts = (Part(tokens_BTD.shape[1] - length, layer.vision), Part(length, layer.language))
-            tokens_BTD = layer(tokens_BTD, parts, attended)
+            tokens_BTD = layer(tokens_BTD, parts, attended, is_joint=is_joint)
             yield tokens_BTD
 
     def normed(self, tokens_BTD: Tensor, text_length: int) -> MultiwayOutput:
@@ -276,6 +287,11 @@ class MultiwayEncoder(nn.Module):
 def attention_mask(num_before: int, token_mask_BL: Tensor, num_after: int = 0) -> Tensor:
     """Whether a token may be attended to, ``[B, 1, 1, T]``: words may, their padding may not, all around may."""
     return F.pad(token_mask_BL, (num_before, num_after), value=True)[:, None, None]
+
+
+def _cut(attended_B11T: Tensor, groups: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The mask of each group's keys; groups are ``[3, B, heads, n, D / heads]``."""
+    return torch.split(attended_B11T, [group.shape[3] for group in groups], dim=3)
 
 
 def _runs(tokens_BTD: Tensor, parts: Sequence[Part]) -> Iterator[tuple[Tensor, Part]]:

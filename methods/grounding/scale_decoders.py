@@ -60,7 +60,12 @@ class QueryHead(nn.Module):
 
 
 class FourScalePyramid(nn.Module):
-    """The small alternative: 1x1 convolutions to one width, added from coarse to fine, each behind a 3x3 block."""
+    """The small alternative: 1x1 convolutions to one width, added from coarse to fine, each sum with a 3x3 block beside it.
+
+    The blocks' padding is what tells a coarse map where it is: nothing else in the trunk knows left from right in a picture,
+    and without blocks there, sentences that name a side are hardly learnt. Beside the map and not in its way, since
+    a norm after every addition holds up the first steps.
+    """
 
     def __init__(self, widths: Sequence[int], channels: int) -> None:
         super().__init__()
@@ -69,10 +74,11 @@ class FourScalePyramid(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """The finest map, ``[B, C, h, w]``, from maps fine to coarse."""
-        joined: Tensor = self.blocks[-1](self.lateral[-1](maps[-1]))
-        for lateral, block, fine in list(zip(self.lateral, self.blocks, maps, strict=True))[-2::-1]:
-            joined = block(lateral(fine) + resized(joined, fine.shape[2:]))
-        return joined
+        *finer, joined = [lateral(each) for lateral, each in zip(self.lateral, maps, strict=True)]
+        for block, fine in list(zip(self.blocks[1:], finer, strict=True))[::-1]:
+            joined = fine + resized(joined + block(joined), fine.shape[2:])
+        pixels: Tensor = self.blocks[0](joined)
+        return pixels
 
 
 def _config(channels: int, strides: Sequence[int], num_heads: int, **layers: int) -> Any:

@@ -3,7 +3,8 @@
 "A Simple Baseline with Single-encoder for Referring Image Segmentation", arXiv 2408.15521. Published: the BEiT-3
 encoder, a *Shared FPN* and a *Shared Mask Decoder*, and their principle. Reconstructed: everything inside those two, as
 neither code nor formulas are public; mask weights 2 and 0.5; the logit's first bias. The box and no-target heads are
-ours.
+ours, and so is ``encoder: dual``, a control. It has as many parameters as the single encoder, in which every parameter
+exists once per modality.
 
 No table of the paper could be verified. The nearest anchor, Latent-VG's ablation without latent expressions (same
 authors, same backbone), has 68.76 mIoU on RefCOCO+ val. On ShapesRef, 48 px, 800 steps, one seed: 55.5 mIoU.
@@ -37,6 +38,9 @@ from methods.grounding.shared_decoder import Rise, SharedMaskDecoder, SharedProj
 class SharedRISSettings(GroundingSettings, MultiwaySettings):
     """Settings of ``shared_ris``. The defaults are the paper's size; preset ``shared_ris_small`` is for two cores."""
 
+    encoder: Literal["single", "dual"] = "single"
+    """``single``: pixels and words attend to each other in every layer. ``dual``: two towers of the same depth and width
+    that meet in the mask decoder only, what the single encoder is to be compared with."""
     taps: tuple[int, ...] = (4, 8, 12)
     """Encoder layers whose states are decoded, counted from 1, rising. A pyramid takes three."""
     share_projection: bool = True
@@ -55,7 +59,7 @@ class SharedRISSettings(GroundingSettings, MultiwaySettings):
     def __post_init__(self) -> None:
         GroundingSettings.__post_init__(self)
         MultiwaySettings.__post_init__(self)
-        check_choice(self, sentence=("first_token", "mean_of_words"))
+        check_choice(self, sentence=("first_token", "mean_of_words"), encoder=("single", "dual"))
         rising = all(before < after for before, after in pairwise((0, *self.taps)))
         if not self.taps or not rising or self.taps[-1] != self.num_layers:
             raise ValueError(
@@ -120,7 +124,9 @@ class SharedRISNetwork(GroundingNetwork):
     def _levels(self, batch: GroundingBatch) -> tuple[list[Tensor], Tensor]:
         """The level that is decoded and the finer ones, coarse to fine; and the mean of the projected words."""
         length = batch.token_ids.shape[1]
-        states = self.encoder.states(batch.images, batch.token_ids, batch.token_mask)
+        states = self.encoder.states(
+            batch.images, batch.token_ids, batch.token_mask, is_joint=self.settings.encoder == "single"
+        )
         tapped = [state for number, state in enumerate(states, start=1) if number in self.settings.taps]
         maps, words = [], []
         for projection, state in zip(self.projections, tapped, strict=True):
@@ -156,6 +162,7 @@ class SharedRIS(MultiwayMethod):
         "share_projection": {"choice": [True, False]},
         "decoder_stride": {"choice": [16, 32]},
         "sentence": {"choice": ["first_token", "mean_of_words"]},
+        "encoder": {"choice": ["single", "dual"]},
         "drop_path": {"uniform": [0, 0.3]},
     }
     settings: SharedRISSettings
@@ -163,6 +170,8 @@ class SharedRIS(MultiwayMethod):
     @classmethod
     def inactive(cls, settings: Any) -> frozenset[str]:
         names = set(without_effect(settings))
+        if settings.encoder == "single":  # as in artifacts from before there was a choice
+            names |= {"encoder"}
         if settings.decoder_layers == 0:
             names |= {"decoder_heads"}
         if settings.decoder_layers == 0 or not settings.pyramid:

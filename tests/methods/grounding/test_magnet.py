@@ -12,6 +12,7 @@ from grounding_samples import TASK, make_batch
 from torch import nn
 
 from methods.grounding.magnet import MagNet
+from methods.grounding.scale_decoders import FourScalePyramid
 
 OFF = {"ground_weight": 0.0, "align_pixel_weight": 0.0, "align_text_weight": 0.0}
 
@@ -35,6 +36,23 @@ def test_at_first_the_trunk_is_that_without_gates() -> None:
         after = method.network(batch)
     assert torch.equal(before.mask_logits, after.mask_logits)
     assert torch.equal(before.sentence_embed, after.sentence_embed)
+
+
+@torch.no_grad()
+def test_the_small_pyramid_knows_where_it_is_on_every_scale() -> None:
+    """The same content everywhere comes out differently near the border, whichever scale holds the content."""
+    torch.manual_seed(0)
+    pyramid = FourScalePyramid((4, 8, 16, 32), 16)
+    sizes = ((4, 48), (8, 24), (16, 12), (32, 6))
+    for filled in range(1, 4):
+        maps = [
+            torch.full((1, width, side, side), float(number == filled))
+            for number, (width, side) in enumerate(sizes)
+        ]
+        found = pyramid(maps)
+        assert found.shape == (1, 16, 48, 48)
+        # Two pixels from the border: further than the padding of the last block itself reaches.
+        assert float((found[..., 24, 2] - found[..., 24, 24]).abs().max()) > 1e-3
 
 
 class _Open(nn.Module):

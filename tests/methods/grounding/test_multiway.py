@@ -124,6 +124,26 @@ def test_a_word_reaches_its_own_picture_only() -> None:
     assert torch.equal(before[1], after[1])
 
 
+@torch.no_grad()
+def test_two_towers_are_the_same_layers_without_each_other() -> None:
+    built = encoder()
+    images, ids, mask = inputs()
+    towers = list(built.states(images, ids, mask, is_joint=False))
+    alone = list(built.states(images, ids[:, :0], mask[:, :0]))
+    assert len(towers) == len(alone) == 3
+    for both, vision in zip(towers, alone, strict=True):
+        assert torch.allclose(both[:, : vision.shape[1]], vision, atol=1e-5)
+    length, joint = ids.shape[1], list(built.states(images, ids, mask))[-1]
+    other, padded = (
+        list(built.states(*changed, is_joint=False))[-1][:, -length:]
+        for changed in ((-images, ids, mask), (images, torch.where(mask, ids, 17), mask))
+    )
+    words = towers[-1][:, -length:]
+    assert torch.equal(other, words)
+    assert torch.equal(padded[mask], words[mask])
+    assert float((joint[:, -length:] - words)[mask].abs().max()) > 1e-3
+
+
 def test_every_weight_of_a_layer_exists_once_per_modality() -> None:
     width = 64
     attention, feed_forward = 4 * width**2 + 4 * width, 8 * width**2 + 5 * width

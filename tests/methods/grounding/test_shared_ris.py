@@ -66,6 +66,21 @@ def test_without_decoder_layers_language_still_reaches_the_mask() -> None:
 
 
 @torch.no_grad()
+def test_two_towers_have_the_same_weights_and_meet_in_the_mask_decoder() -> None:
+    single, dual = network().eval(), network(encoder="dual").eval()
+    dual.load_state_dict(single.state_dict())
+    batch = make_batch(2)
+    assert not torch.equal(dual(batch).mask_logits, single(batch).mask_logits)
+    apart = network(encoder="dual", decoder_layers=0).eval()
+    for built, is_reached in ((dual, True), (apart, False)):
+        before = built(batch).pixel_embed
+        after = built(
+            batch._replace(token_ids=batch.token_ids.roll(1, 0), token_mask=batch.token_mask.roll(1, 0))
+        )
+        assert torch.equal(before, after.pixel_embed) != is_reached
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("stride", "length"), [(16, 64), (32, 16)])
 def test_the_decoded_level(stride: int, length: int) -> None:
     built = network(**PYRAMID, decoder_stride=stride).eval()
@@ -119,7 +134,12 @@ def test_what_has_no_effect_is_known_and_has_none(base: dict[str, Any], setting:
 
 
 def test_what_has_an_effect_is_not_called_idle() -> None:
-    assert SharedRIS.inactive(SharedRISSettings(**PYRAMID, box_head=True, empty_head=True)) == frozenset()
+    settings = SharedRISSettings(**PYRAMID, encoder="dual", box_head=True, empty_head=True)
+    assert SharedRIS.inactive(settings) == frozenset()
+
+
+def test_a_single_encoder_keeps_the_keys_from_before_there_was_a_choice() -> None:
+    assert SharedRIS.inactive(SharedRISSettings(**PYRAMID)) >= {"encoder"}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +153,7 @@ def test_what_has_an_effect_is_not_called_idle() -> None:
         ({"decoder_heads": 5}, "decoder_heads must divide"),
         ({"decoder_stride": 8}, "decoder_stride"),
         ({"sentence": "last"}, "sentence must be one of"),
+        ({"encoder": "triple"}, "encoder must be one of"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
