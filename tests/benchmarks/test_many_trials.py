@@ -67,7 +67,7 @@ def test_a_trial_asks_the_store_as_often_in_a_large_sweep(
     few, many = each
     assert set(many) == {"has", "manifest", "holder", "read_json", "write_json"}
     assert {name: number for name, number in many.items() if number > few[name] + 0.5} == {}
-    assert many["manifest"] < 4.5
+    assert many["manifest"] < 5.5
 
 
 def test_measurements_say_what_grows() -> None:

@@ -22,6 +22,7 @@ STAGES: dict[str, dict[str, int]] = {
     "born_again_digits": {"first": 1, "second": 1, "student": 9},
     "cm_masksd": {"grounder": 30},
     "cm_masksd_small": {"grounder": 4},
+    "encoders_small": {"grounder": 14},
     "family_cifar100_small": {"teacher": 1, "student": 30, "views": 1},
     "grounding_kd_small": {"teacher": 1, "student": 8},
     "latent_margins_small": {"grounder": 30},
