@@ -188,15 +188,8 @@ class Host:
 
     def _remaining(self) -> str:
         """Its processes and what each of them does, for a message."""
-        lines = []
-        for pid in {self._init, *self.pids()}:
-            with contextlib.suppress(OSError):  # ended while we look
-                status = Path(f"/proc/{pid}/status").read_text()
-                words = [
-                    line for line in status.splitlines() if line.split(":")[0] in ("Name", "State", "PPid")
-                ]
-                lines.append(f"{pid} {' '.join(words)} {Path(f'/proc/{pid}/wchan').read_text()}")
-        return "; ".join(lines)
+        pids = ",".join(map(str, {self._init, *self.pids()}))
+        return _shell(f"ps -o pid,ppid,stat,wchan:30,args -p {pids}", check=False)
 
     def _inside(self, command: Command) -> list[str]:
         words = ["bash", "-c", command] if isinstance(command, str) else list(command)
