@@ -76,7 +76,7 @@ class Site:
         assert "192.168" not in text
         return text
 
-    def type(self, command: str, timeout: float = 180) -> str:
+    def type(self, command: str, timeout: float = 600) -> str:
         """A command of the README, typed on the laptop inside ``cluster/``; its output."""
         # Building without isolation needs no package index, which these hosts do not reach.
         line = f"cd {self.checkout / 'cluster'} && {self.fill_in(command)}"
