@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -38,7 +39,7 @@ def draw_settings(
     A setting with one value among the finished trials has nothing to show and gets no panel, unless all are so.
     """
     done = [
-        row
+        replace(row, settings={name: _hashable(value) for name, value in row.settings.items()})
         for row in rows
         if row.status == "done" and math.isfinite(row.metrics.get(objective.name, math.nan))
     ]
@@ -150,6 +151,11 @@ def _colour_setting(rows: Sequence[TrialRow], names: Sequence[str], own: str) ->
     counts = {name: len({row.settings.get(name) for row in rows} - {None}) for name in names if name != own}
     fitting = {name: count for name, count in counts.items() if 2 <= count <= MAX_COLOURS}
     return min(fitting, key=lambda name: fitting[name]) if fitting else None
+
+
+def _hashable(value: Any) -> Any:
+    """Values of a setting are told apart by what they hold: lists as tuples."""
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def _axis(axes: Axes, values: Sequence[Any]) -> dict[Any, float]:

@@ -128,6 +128,8 @@ def setting(value: Any) -> str:
     """The value of a swept setting."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return MISSING
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(setting, value))}]"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float) and (not value.is_integer() or abs(value) >= 1e6):

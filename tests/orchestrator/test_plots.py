@@ -38,9 +38,16 @@ MIXED = [
         [(0.01, "sgd", True), (0.5, "adamw", False), (10.0, "sgd", False)]
     )
 ]
+LISTS = [
+    trial(f"{lengths}{margin}", {"attribute_lengths": lengths, "margin": margin}, top1=60 + len(lengths))
+    for lengths in ([8], [4, 10])
+    for margin in (0.0, 0.2, None)
+]
+"""As ``latent_margins_small`` has them: a grid of lists, and points at which another setting has no effect."""
 CASES = {
     "grid and baseline": ([*GRID, trial("kd", {})], {"settings", "learning_curves", "cost"}),
     "log, category, bool": (MIXED, {"settings", "learning_curves", "cost"}),
+    "lists of several lengths": (LISTS, {"settings", "learning_curves", "cost"}),
     "one trial": (GRID[:1], {"settings", "learning_curves", "cost"}),
     "baseline only": ([trial("kd", {})], {"learning_curves", "cost"}),
     "one epoch": ([trial("p", {"a": 1}, epochs=1)], {"settings", "learning_curves", "cost"}),

@@ -116,6 +116,14 @@ def test_metrics_that_nothing_is_chosen_by_stand_beside_the_objective() -> None:
     assert text.count("language_gap %") == text.count("t_acc %") == text.count("absent") == 1
 
 
+def test_a_swept_list_is_a_value_like_others() -> None:
+    rows = [row(str(lengths), 0, 71.0, settings={"grounder.attribute_lengths": lengths}) for lengths in ([8], [4, 10])]  # fmt: skip
+    text = to_text(table(rows, TOP1), 200)
+    assert "[4, 10]" in text
+    assert "[8]" in text
+    assert "[4, 10]" in to_markdown(Report(name="lists", rows=rows, objectives=TOP1))
+
+
 def test_minimizing_puts_the_smallest_first() -> None:
     rows = [
         TrialRow(point=p, label=p, settings={}, seed=0, status="done", metrics={"s.loss": v})
