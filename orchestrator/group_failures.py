@@ -13,8 +13,9 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray.exceptions import ActorUnavailableError
-from ray.train import UserCallback
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError as KilledForMemoryError
+from ray.train import ControllerError, UserCallback
 
 from orchestrator.errors import (
     ConfigurationError,
@@ -23,9 +24,17 @@ from orchestrator.errors import (
     StillhouseError,
     StorageError,
 )
+from orchestrator.retry import kind_of_death
 from orchestrator.training import StopTraining
 
-__all__ = ["GroupFailures", "PauseBeforeCollateral", "dead_nodes", "is_collateral", "is_lost_node"]
+__all__ = [
+    "GroupFailures",
+    "PauseBeforeCollateral",
+    "dead_nodes",
+    "is_collateral",
+    "is_lost_node",
+    "stage_error",
+]
 
 FINAL = (ConfigurationError, DivergedError, OutOfMemoryError, StorageError, StopTraining)
 """What another start of the group would meet again, or what the trial itself knows how to wait for."""
@@ -126,6 +135,28 @@ def is_lost_node(error: BaseException) -> bool:
     return bool(getattr(error, "preempted", False)) or any(
         sign in str(error).lower() for sign in LOST_NODE_SIGNS
     )
+
+
+def stage_error(error: Exception, where: str) -> StillhouseError:
+    """What Ray raises to the trial, as one of our own errors: the worker's where it raised one of these.
+
+    A trial that hears of its own node's loss (Ray may err in that) has no result to tell, so it stops.
+    """
+    cause = error
+    if isinstance(error, ControllerError):
+        cause = error.controller_failure
+    elif isinstance(error, RayTaskError):
+        cause = error.cause
+    if isinstance(cause, StillhouseError) and type(cause) is not StillhouseError:
+        return cause
+    if isinstance(cause, KilledForMemoryError) or "OutOfMemoryError" in str(cause):
+        return OutOfMemoryError(f"{where}: {cause}")
+    if isinstance(cause, RayError):
+        if kind_of_death(str(cause)) == "node":
+            return StopTraining(f"{where}: lost with its node: {cause}")
+        return StillhouseError(f"{where}: its worker died more often than run.max_failures allows: {cause}")
+    kind = "" if isinstance(cause, StillhouseError) else f"{type(cause).__name__}: "
+    return StillhouseError(f"{where}: {kind}{cause}")
 
 
 def _root(error: Exception) -> Exception:

@@ -17,17 +17,15 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.exceptions import OutOfMemoryError as KilledForMemoryError
-from ray.exceptions import RayError, RayTaskError
-from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import RunningState, TrainControllerState
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestrator.errors import OutOfMemoryError, StillhouseError
+from orchestrator.errors import StillhouseError
 from orchestrator.fence import LeaseFence
-from orchestrator.group_failures import GroupFailures, PauseBeforeCollateral
+from orchestrator.group_failures import GroupFailures, PauseBeforeCollateral, stage_error
 from orchestrator.loop import Row, StopTraining
 from orchestrator.placement import WorkerSettings
 from orchestrator.plan import PlannedStage
@@ -151,7 +149,7 @@ class StageExecute:
             fence.remove()
             store.delete_json(_folder(fence))
         if job.error is not None:
-            raise _as_ours(job.error, stage) from job.error
+            raise stage_error(job.error, f"stage {stage.name} ({stage.key[:8]})") from job.error
         if not store.has(stage.key):
             raise StillhouseError(
                 f"stage {stage.name} ({stage.key[:8]}): its workers left without an artifact"
@@ -294,24 +292,6 @@ def _held_resources() -> dict[str, float]:
 
 def _covers(held: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
     return all(held.get(kind, 0.0) >= amount - 1e-9 for kind, amount in wanted.items())
-
-
-def _as_ours(error: Exception, stage: PlannedStage) -> StillhouseError:
-    """What Ray raises, as one of our own errors: the worker's where it raised one of these."""
-    cause = error
-    if isinstance(error, ControllerError):
-        cause = error.controller_failure
-    elif isinstance(error, RayTaskError):
-        cause = error.cause
-    if isinstance(cause, StillhouseError) and type(cause) is not StillhouseError:
-        return cause
-    where = f"stage {stage.name} ({stage.key[:8]})"
-    if isinstance(cause, KilledForMemoryError) or "OutOfMemoryError" in str(cause):
-        return OutOfMemoryError(f"{where}: {cause}")
-    if isinstance(cause, RayError):
-        return StillhouseError(f"{where}: its worker died more often than run.max_failures allows: {cause}")
-    kind = "" if isinstance(cause, StillhouseError) else f"{type(cause).__name__}: "
-    return StillhouseError(f"{where}: {kind}{cause}")
 
 
 def _folder(fence: LeaseFence) -> str:

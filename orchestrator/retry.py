@@ -52,7 +52,10 @@ NODE_LOSSES_SECONDS = 24 * 3600.0
 DEATHS: tuple[tuple[str, Kind], ...] = (
     (r"node running low on memory|OOM kill reason", "memory"),
     (r"its node has died|node was terminated|was preempted|local raylet died", "node"),
-    (r"The actor .{0,200}is unavailable|placement group .{0,80}removed|OwnerDiedError", "node"),
+    (
+        r"The actor .{0,200}is unavailable|placement group .{0,80}removed|OwnerDiedError|owner has died",
+        "node",
+    ),
 )
 """What Ray says when a trial's process is gone, first match wins. Anything else is the process itself."""
 

@@ -271,7 +271,7 @@ class Sweep:
             threading.Timer(generator.uniform(0.0, 4.0), cluster.start_tracking).start()
         if kind in ("driver", "head"):
             assert self._driver is not None
-            self._driver.wait(30)
+            self._driver.wait(120)
         if kind == "head":
             cluster.hosts[HEAD].boot()
             cluster.start_head()
@@ -331,7 +331,7 @@ def lose_node(sweep: Sweep, name: str) -> None:
     sweep.wait(LOST_NODE_SECONDS)
     assert sweep.cluster.raylet(name) == raylet
     hosts.mend(name)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while sweep.cluster.raylet(name) in (
         raylet,
         None,

@@ -24,7 +24,7 @@ def check_results(sweep: Sweep, undisturbed: Sweep) -> None:
     store = Store(str(sweep.storage), lease_seconds=LEASE_SECONDS)
     # That of a process which was killed runs out; to see it, all are watched from the beginning.
     held = lambda: [key for key in found if store.holder(key) is not None]  # noqa: E731
-    wait_until(lambda: not held(), 3 * LEASE_SECONDS, "leases to be given back")
+    wait_until(lambda: not held(), 10 * LEASE_SECONDS, "leases to be given back")
     assert leftovers(sweep.storage) == []
 
 
@@ -48,7 +48,7 @@ def check_tracking(cluster: Cluster, sweep: Sweep) -> None:
     assert {run.data.tags["stillhouse.key"] for run in stages} == set(weights(sweep.storage))
 
 
-def everything_is_returned(cluster: Cluster, timeout_seconds: float = 60) -> None:
+def everything_is_returned(cluster: Cluster, timeout_seconds: float = 300) -> None:
     """Wait until no process of a sweep is left and nobody holds a resource."""
     wait_until(lambda: not cluster.of_sweeps(), timeout_seconds, "processes of the sweep to end")
     deadline = time.monotonic() + timeout_seconds

@@ -116,7 +116,7 @@ class Cluster:
         """What an operator does on every node whose head is gone."""
         for name in NODES:
             if self.hosts[name].is_up:
-                self.hosts[name].run("ray stop --force", env=self.environment, timeout=120, check=False)
+                self.hosts[name].run("ray stop --force", env=self.environment, timeout=300, check=False)
 
     def start_tracking(self) -> None:
         """A real MLflow server. Returns when it answers."""
@@ -186,7 +186,7 @@ class Cluster:
         address = self.hosts[name].address
         done = self.hosts[name].run(
             f"ray start {options} --node-ip-address={address} --disable-usage-stats --object-store-memory={OBJECT_STORE_BYTES}",
-            env=self.environment, timeout=180, check=False,
+            env=self.environment, timeout=300, check=False,
         )  # fmt: skip
         with (self.folder / "ray.txt").open("a") as log:
             log.write(f"{name}: exit {done.returncode}\n{done.stdout}{done.stderr}\n")

@@ -34,7 +34,7 @@ SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 NAMESPACES = ("unshare", "--net", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--uts")
 DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 BRIDGE = "sh"
-START_SECONDS = 20.0
+START_SECONDS = 120.0
 Command = str | Sequence[str]
 
 INIT = """\
@@ -164,7 +164,7 @@ class Host:
         if started.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid_of(started), signal.SIGKILL)
-        started.wait(20)
+        started.wait(START_SECONDS)
 
     def pids(self) -> list[int]:
         """Every process of the host, numbered as outside."""

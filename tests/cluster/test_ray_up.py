@@ -220,7 +220,7 @@ def check_tunnel(site: Site) -> None:
     token = (laptop.home / ".ray" / "auth_token").read_text()
     tunnel = laptop.start(f"cd {site.checkout / 'cluster'} && exec ray dashboard local.yaml")
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 180
         while laptop.run([sys.executable, "-c", ASK, f"Bearer {token}"], check=False).stdout.strip() != "200":
             assert time.monotonic() < deadline
             time.sleep(1)

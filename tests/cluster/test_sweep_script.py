@@ -56,7 +56,7 @@ def test_nothing_is_started_for_a_wrong_experiment(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("name: wrong\n")
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--", str(wrong)], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(SCRIPT), "--", str(wrong)], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
     )  # fmt: skip
     assert done.returncode == 2
     assert "error: " in done.stderr

@@ -91,5 +91,5 @@ def kill(process: subprocess.Popen[bytes]) -> set[tuple[int, str]]:
     """kill -9 of the driver alone; returns what ran below it."""
     below = descendants(process.pid)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait(30)
+    process.wait(120)
     return below

@@ -53,7 +53,7 @@ def test_killed_three_times_gives_the_same_table(undisturbed: Path, tmp_path: Pa
     for target in sorted(generator.sample(range(1, NUM_STAGES - 1), 3)):
         process = start(experiment)
         moment = generator.uniform(0.0, 0.6)
-        wait_until(partial(ended_or_reached, process, storage, target), 240, f"{target} finished stages")
+        wait_until(partial(ended_or_reached, process, storage, target), 600, f"{target} finished stages")
         assert process.poll() is None, (tmp_path / "output.txt").read_text()
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(moment)
@@ -70,7 +70,7 @@ def test_killed_three_times_gives_the_same_table(undisturbed: Path, tmp_path: Pa
         key: weights for key, (weights, _) in expected.items()
     }
     pd.testing.assert_frame_equal(table(storage), table(undisturbed))
-    wait_until(lambda: not any(map(alive, orphans)), 120, "what ran below the killed drivers to end")
+    wait_until(lambda: not any(map(alive, orphans)), 300, "what ran below the killed drivers to end")
     assert not (storage / "work").exists() or not any(
         path.is_file() for path in (storage / "work").rglob("*")
     )
@@ -80,7 +80,7 @@ def test_interrupted_once_ends_cleanly_and_goes_on(undisturbed: Path, tmp_path: 
     storage = tmp_path / "runs"
     experiment = write_experiment(tmp_path, storage)
     process = start(experiment)
-    wait_until(lambda: len(list(Store(str(storage)).keys())) >= 2, 120, "two finished stages")
+    wait_until(lambda: len(list(Store(str(storage)).keys())) >= 2, 300, "two finished stages")
     process.send_signal(signal.SIGINT)
     assert finish(process, 90) == 130
     output = (tmp_path / "output.txt").read_text()

@@ -33,7 +33,7 @@ QUICK_HEALTH_CHECKS = {
     "health_check_timeout_ms": 500,
     "health_check_failure_threshold": 6,
 }
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 300.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,10 @@ class Doomed(Supervised):
 
     def forward(self, batch: Batch) -> Step:
         node = ray.get_runtime_context().get_node_id()
-        (Path(self.settings.folder) / str(os.getpid())).write_text(node)
+        note = Path(self.settings.folder) / str(os.getpid())
+        if not note.exists():  # once, and whole: this process may be killed at any moment
+            note.with_suffix(".part").write_text(node)
+            note.with_suffix(".part").rename(note)
         time.sleep(self.settings.step_seconds)
         return super().forward(batch)
 
@@ -123,8 +126,8 @@ class Bench:
 
     def seen(self) -> dict[int, str]:
         """Process -> node, of all processes that have trained."""
-        texts = {int(path.name): path.read_text() for path in (self.folder / "steps").iterdir()}
-        return {pid: text for pid, text in texts.items() if text}
+        notes = [path for path in (self.folder / "steps").iterdir() if not path.suffix]
+        return {int(path.name): path.read_text() for path in notes}
 
     def wait_for_new(self, known: set[int]) -> tuple[int, str]:
         deadline = time.monotonic() + WAIT_SECONDS

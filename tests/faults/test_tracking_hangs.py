@@ -61,7 +61,7 @@ def real_server(folder: Path, port: int) -> Iterator[None]:
     with (folder / "server.txt").open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()

@@ -86,7 +86,7 @@ def test_an_endpoint_that_others_reach(tmp_path: Path) -> None:
         pytest.skip("an address of a network namespace needs root, unshare and ip")
     code = OUTSIDE.format(tests=str(Path(__file__).parent), storage=str(tmp_path / "runs"))
     done = subprocess.run(
-        ["unshare", "--net", sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
+        ["unshare", "--net", sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
     if "Operation not permitted" in done.stderr:

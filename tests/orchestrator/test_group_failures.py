@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError as KilledForMemoryError
+from ray.train import ControllerError
 
 from orchestrator import group_failures
 from orchestrator.errors import (
@@ -15,7 +17,7 @@ from orchestrator.errors import (
     StorageError,
 )
 from orchestrator.fence import FencedError
-from orchestrator.group_failures import GroupFailures, PauseBeforeCollateral, is_collateral
+from orchestrator.group_failures import GroupFailures, PauseBeforeCollateral, is_collateral, stage_error
 from orchestrator.loop import StopTraining
 
 
@@ -109,3 +111,35 @@ def test_a_broken_connection_is_held_back(monkeypatch: pytest.MonkeyPatch) -> No
     assert is_collateral(GLOO)
     with PauseBeforeCollateral():
         pass
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (ControllerError(DivergedError("nan at epoch 2")), DivergedError, "nan at epoch 2"),
+        (ControllerError(StillhouseError("its workers failed 2 times")), StillhouseError, "stage s: its workers failed"),
+        (ControllerError(ValueError("odd")), StillhouseError, "stage s: ValueError: odd"),
+        (RayTaskError("f", "trace", OutOfMemoryError("peak 3")), OutOfMemoryError, "peak 3"),
+        (KilledForMemoryError("low on memory"), OutOfMemoryError, "stage s: low on memory"),
+        (KILLED, StillhouseError, "stage s: its worker died more often than run.max_failures allows"),
+        (ActorDiedError(), StillhouseError, "stage s: its worker died more often than run.max_failures allows"),
+    ],
+)  # fmt: skip
+def test_what_a_trial_hears_of_its_workers_is_one_of_our_errors(
+    error: Exception, kind: type[Exception], told: str
+) -> None:
+    found = stage_error(error, "stage s")
+    assert type(found) is kind
+    assert str(found).startswith(told)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The actor is dead because its owner has died. Worker exit detail: Owner's node has crashed.",
+        "The actor died because its node has died. Node Id: 0123",
+    ],
+)
+def test_a_trial_that_hears_of_its_own_nodes_loss_records_no_failure(text: str) -> None:
+    """The cluster may be wrong about that: a busy node can miss the health checks and go on."""
+    assert isinstance(stage_error(RayActorError(error_msg=text), "stage s"), StopTraining)

@@ -32,6 +32,10 @@ KILLED = (
     "1.63GB used / 23.54GB limit (0.069182)\nOOM kill reason: Memory usage exceeded threshold\nSelected to kill: "
     "(Actor(d4b5): pid=6677, actual memory used=0.25GB, worker ID=a872)\nTop 10 memory users: PID\tMEM(GB)\tCOMMAND"
 )
+ORPHANED = (
+    "The actor is dead because its owner has died. Owner Id: 53ab Owner Ip address: 10.0.0.2 Owner worker exit type: "
+    "SYSTEM_ERROR Worker exit detail: Owner's node has crashed."
+)
 UNAVAILABLE = (
     "The actor 156a is unavailable: The actor is temporarily unavailable: RpcError: RPC error: Deadline"
 )
@@ -43,6 +47,7 @@ UNAVAILABLE = (
     [
         (DIED + NODE_DEAD, "node", "the trial's node was lost: The actor died because its node has died. Node Id: f049"),
         (DIED + DRAINED, "node", "the trial's node was lost: The actor died because its node has died. Node Id: 9fc2"),
+        (DIED + ORPHANED, "node", "the trial's node was lost: The actor is dead because its owner has died"),
         (UNAVAILABLE, "node", "the trial's node was lost: The actor 156a is unavailable"),
         (DIED + CRASHED, "process", "the trial's process died: The actor is dead because its worker process"),
         (KILLED, "memory", "the trial's process was killed for its use of memory: 1 worker(s) were killed"),

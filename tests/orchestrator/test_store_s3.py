@@ -21,7 +21,7 @@ pytest.importorskip("s3fs", reason="needs the s3 extra")
 pytest.importorskip("moto", reason="needs moto and flask")
 
 BUCKET = "stillhouse-tests"
-START_SECONDS = 60.0
+START_SECONDS = 300.0
 
 
 def free_port() -> int:

@@ -29,7 +29,7 @@ from orchestrator.serving import load_bundle
 from orchestrator.tracking import Mirror, ui_command
 from orchestrator.tracking_state import MirrorState, state_path
 
-DRAIN_SECONDS = 60.0
+DRAIN_SECONDS = 180.0
 
 
 @pytest.fixture

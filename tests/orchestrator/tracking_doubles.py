@@ -57,7 +57,7 @@ class Server:
         assert self._process is not None
         os.killpg(self._process.pid, number)
 
-    def _wait(self, timeout_seconds: float = 60.0) -> None:
+    def _wait(self, timeout_seconds: float = 300.0) -> None:
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline:
             assert self._process is not None

@@ -80,7 +80,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def wait_for(url: str, log: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while True:
         try:
             urllib.request.urlopen(url, timeout=2).close()
@@ -246,17 +246,18 @@ def test_a_job_is_followed_left_and_stopped(cluster: Cluster, tmp_path: Path) ->
             [sys.executable, "-c", CLI, *arguments], stdout=out, stderr=err, cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         )  # fmt: skip
-    deadline = time.monotonic() + 300
-    while not list((tmp_path / "runs").glob("leases/*/*.json")):
+    deadline = time.monotonic() + 600
+    said = tmp_path / "out.txt"
+    while not (list((tmp_path / "runs").glob("leases/*/*.json")) and "To run:" in said.read_text()):
         assert time.monotonic() < deadline, (tmp_path / "err.txt").read_text()
         assert following.poll() is None, (tmp_path / "err.txt").read_text()
         time.sleep(0.2)
     following.send_signal(signal.SIGINT)
-    assert following.wait(120) == 130
+    assert following.wait(300) == 130
     told = (tmp_path / "err.txt").read_text()
     assert "To follow it again: stillhouse logs raysubmit_" in told
     assert "Traceback" not in told
-    assert "To run: 1 student stage." in (tmp_path / "out.txt").read_text()
+    assert "To run: 1 student stage." in said.read_text()
     job = told.split("job ")[1].split()[0]
     shown = command("status", *at, cwd=tmp_path).stdout
     assert any(line.split()[:3] == [job, "submitted", "RUNNING"] for line in shown.splitlines()), shown
@@ -273,7 +274,7 @@ def test_a_job_is_followed_left_and_stopped(cluster: Cluster, tmp_path: Path) ->
 
 def wait_for_nodes(cluster: Cluster, num_nodes: int, tmp_path: Path) -> None:
     code = (
-        "import ray, sys, time; ray.init(log_to_driver=False); end = time.monotonic() + 60\n"
+        "import ray, sys, time; ray.init(log_to_driver=False); end = time.monotonic() + 300\n"
         f"while sum(node['Alive'] for node in ray.nodes()) < {num_nodes}:\n"
         "    assert time.monotonic() < end; time.sleep(0.2)"
     )

@@ -183,7 +183,7 @@ def test_dead_trial_and_crashed_worker(
     print(f"workers of a killed trial were gone after {time.monotonic() - killed:.1f} s")
 
     request.touch()
-    rows = ray.get(Attempt.remote().run.remote(execute, stage), timeout=120)
+    rows = ray.get(Attempt.remote().run.remote(execute, stage), timeout=300)
     assert not request.exists()
     epochs = [row["epoch"] for row in rows]
     assert epochs == sorted(set(epochs))
@@ -304,7 +304,7 @@ class Reserver:
 
     def reserve(self) -> str:
         group = placement_group([{"CPU": 1.0}])
-        assert group.wait(30)
+        assert group.wait(120)
         return str(group.id.hex())
 
 
@@ -313,7 +313,7 @@ def test_reservations_of_the_dead_are_given_up(cluster: Cluster) -> None:
     living, doomed = Reserver.remote(), Reserver.remote()
     kept, lost = ray.get([living.reserve.remote(), doomed.reserve.remote()])
     own = placement_group([{"memory": 1.0}])
-    assert own.wait(30)
+    assert own.wait(120)
     assert give_up_reservations_of_the_dead() == 0
     ray.kill(doomed)
     assert wait_for(give_up_reservations_of_the_dead) == 1
