@@ -88,6 +88,8 @@ class Recovery:
     """What there is room for, given whether a trial is at work."""
     lighten: Callable[[Trial, str, int], bool]
     """Take in that a trial was killed for its memory (reason, peak in bytes); whether it may use less next time."""
+    stop_follower: Callable[[str, Trial], None]
+    """Let the pack's leader know that the scheduler has stopped a trial, whose own process may be gone already."""
     clock: Callable[[], float] = field(default=time.monotonic)
 
 
@@ -127,7 +129,8 @@ class DispatchSearcher(Searcher):
         self._last_rows: dict[str, Row] = {}
         self._packs: dict[str, PackUnderWay] = {}
         """By the trial that leads each."""
-        self._following: set[str] = set()
+        self._following: dict[str, str] = {}
+        """Trial that follows -> the name of its pack."""
         self.gave_up = False
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -138,7 +141,7 @@ class DispatchSearcher(Searcher):
             return finished
         if (follower := self._next_follower()) is not None:
             pack, trial = follower
-            self._following.add(trial_id)
+            self._following[trial_id] = pack.name
             return {**self._begin(trial_id, trial), HOLDS: dict(TOKEN), PACK: pack.name}
         num_free = room.slots - (len(self._trials) - len(self._following))
         trials = self._dispatcher.next_pack(num_free) if num_free > 0 else ()
@@ -226,7 +229,10 @@ class DispatchSearcher(Searcher):
         result = result or {}
         if OUTCOME not in result:  # the row at which the scheduler stopped it, which Tune shows only here
             self.on_trial_result(trial_id, result)
-        self.ended(trial_id, _outcome(result, self._last_rows.get(trial_id)))
+        outcome = _outcome(result, self._last_rows.get(trial_id))
+        if outcome.status == "stopped" and trial_id in self._following:
+            self._recovery.stop_follower(self._following[trial_id], self._trials[trial_id])
+        self.ended(trial_id, outcome)
 
     def died(self, trial_id: str, text: str) -> None:
         """A trial's process ended without an outcome; ``text`` is Ray's word on it."""
@@ -257,7 +263,7 @@ class DispatchSearcher(Searcher):
     def _forget(self, trial_id: str) -> Trial | None:
         self._last_rows.pop(trial_id, None)
         self._asked.pop(trial_id, None)
-        self._following.discard(trial_id)
+        self._following.pop(trial_id, None)
         if trial_id in self._packs:
             self._give_back(self._packs.pop(trial_id))
         return self._trials.pop(trial_id, None)

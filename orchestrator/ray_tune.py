@@ -218,8 +218,9 @@ def drive(
     """
     ship_by_value(planner.spec.catalog)
     recovery = Recovery(
-        attempts=Attempts(planner.spec.run.max_failures), room=room.look, lighten=runner.killed_for_memory
-    )
+        attempts=Attempts(planner.spec.run.max_failures), room=room.look, lighten=runner.killed_for_memory,
+        stop_follower=runner.stop_follower,
+    )  # fmt: skip
     searcher = DispatchSearcher(planner.spec, dispatcher, listener, recovery)
     trainable = tune.with_resources(
         tune.with_parameters(_run_trial, function=_TrialFunction(planner, runner)),

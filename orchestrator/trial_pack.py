@@ -67,23 +67,23 @@ class PackRunner(TrialRunner):
         """Report what the leader of the pack tells of ``trial``, until it tells the outcome or is gone."""
         board, leader = PackBoard(self.store, pack), _Leader(self.store, pack)
         last_epoch = 0.0
-        try:
-            while True:
-                is_gone = leader.is_gone()
-                told = board.told(trial.key)  # after the look at the leader, who writes before it leaves
-                for row in told.rows:
-                    if row["epoch"] > last_epoch:
-                        last_epoch = row["epoch"]
-                        report(row)
-                        if self.is_scheduled and last_epoch >= trial.final.epochs:
-                            board.say_heard(trial.key)
-                if told.outcome is not None or is_gone:
-                    board.wipe(trial.key)
-                    return told.outcome or Outcome(status="deferred")
-                pause(LOOK_SECONDS)
-        except BaseException:
-            board.ask_to_stop(trial.key)
-            raise
+        while True:
+            is_gone = leader.is_gone()
+            told = board.told(trial.key)  # after the look at the leader, who writes before it leaves
+            for row in told.rows:
+                if row["epoch"] > last_epoch:
+                    last_epoch = row["epoch"]
+                    report(row)
+                    if self.is_scheduled and last_epoch >= trial.final.epochs:
+                        board.say_heard(trial.key)
+            if told.outcome is not None or is_gone:
+                board.wipe(trial.key)
+                return told.outcome or Outcome(status="deferred")
+            pause(LOOK_SECONDS)
+
+    def stop_follower(self, pack: str, trial: Trial) -> None:
+        """The scheduler has stopped ``trial``: its stage is not to be finished. Called where that is known first."""
+        PackBoard(self.store, pack).ask_to_stop(trial.key)
 
     def failed(self, error: Exception) -> Outcome:
         """The outcome of a trial that met ``error`` in a pack."""

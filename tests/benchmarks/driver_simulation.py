@@ -191,7 +191,9 @@ class SimulatedSweep(Sweep):
         runner = TrialRunner(
             self.store, StubStage(self.store, self.executed), self.spec.search.objectives, run_id
         )
-        recovery = Recovery(attempts=Attempts(0), room=room.look, lighten=lambda *_: False)
+        recovery = Recovery(
+            attempts=Attempts(0), room=room.look, lighten=lambda *_: False, stop_follower=lambda *_: None
+        )
         started = time.process_time()
         self.trial_seconds = drive(DispatchSearcher(self.spec, run.dispatcher, monitor, recovery), runner)
         self.drive_seconds = time.process_time() - started - self.trial_seconds

@@ -29,12 +29,16 @@ class Heard:
     def __init__(self) -> None:
         self.placed: list[str] = []
         self.returned: list[str] = []
+        self.ended: list[str] = []
 
     def trial_placed(self, trial: Trial) -> None:
         self.placed.append(trial.key)
 
     def trial_returned(self, trial: Trial, text: str) -> None:
         self.returned.append(text)
+
+    def trial_ended(self, trial: Trial, outcome: Outcome) -> None:
+        self.ended.append(outcome.status)
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: None
@@ -57,11 +61,15 @@ class Desk:
         )
         self.heard = Heard()
         self.lightened: list[str] = []
+        self.stopped: list[tuple[str, float]] = []
         self.now = 0.0
         recovery = ray_search.Recovery(
             attempts=Attempts(2),
             room=lambda is_running: WaitState(slots=2),
             lighten=lambda trial, reason, peak: bool(self.lightened.append(trial.key)),
+            stop_follower=lambda pack, trial: self.stopped.append(
+                (pack, trial.point.values["student.kd_weight"])
+            ),
             clock=lambda: self.now,
         )
         self.searcher = ray_search.DispatchSearcher(planner.spec, self.dispatcher, self.heard, recovery)
@@ -106,6 +114,20 @@ def test_followers_take_no_slot(desk: Desk) -> None:
     second = desk.suggest("d")
     assert second is not None
     assert len(second[LEADS]) == 1
+
+
+def test_the_leader_is_told_which_follower_the_scheduler_stopped(desk: Desk) -> None:
+    leader = desk.suggest("a")
+    assert leader is not None
+    desk.searcher.placed("a")
+    for name in "bc":
+        desk.suggest(name)
+    row = {"objective": 0.1, "row": json.dumps({"epoch": 1})}
+    desk.searcher.on_trial_complete("b", row)
+    desk.end("c", Outcome(status="done", values=(0.5,)))
+    desk.searcher.on_trial_complete("a", row)  # nobody waits for a leader's own stage
+    assert desk.stopped == [(leader[PACK], 0.2)]
+    assert desk.heard.ended == ["stopped", "done", "stopped"]
 
 
 def test_a_leader_that_ends_early_gives_back_whom_it_never_began(desk: Desk) -> None:

@@ -237,6 +237,7 @@ class Follower(threading.Thread):
                 self.bench.pack, self.trial, report, pause=lambda seconds: time.sleep(0.005)
             )
         except SystemExit:
+            self.bench.runner.stop_follower(self.bench.pack, self.trial)
             self.was_stopped = True
 
 
