@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hosts import REPOSITORY, Host, Hosts, make_hosts, require_hosts
+from host import REPOSITORY, Host
+from hosts import Hosts, make_hosts, require_hosts
 from mlflow import MlflowClient
 
 from orchestrator.store import Store
