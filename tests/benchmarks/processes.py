@@ -53,6 +53,10 @@ def descendants(root: int) -> list[Process]:
     return found
 
 
+def _adopt_orphans(is_on: bool) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(is_on), 0, 0, 0)
+
+
 class CpuMeter:
     """Adds up what processes below this one use, those that end meanwhile included.
 
@@ -73,7 +77,7 @@ class CpuMeter:
         return sum(self._seen.values()) - self._before
 
     def __enter__(self) -> CpuMeter:
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        _adopt_orphans(True)
         self._look()
         self._before = sum(self._seen.values())
         self._thread.start()
@@ -82,6 +86,7 @@ class CpuMeter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _adopt_orphans(False)  # else whoever waits for the end of one would wait for us to collect it
         self._ended.set()
         self._thread.join()
         self._look()

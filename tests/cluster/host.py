@@ -157,18 +157,8 @@ class Host:
         deadline = time.monotonic() + 120  # on a busy machine all of its processes take their time to go
         while self._outer.poll() is None:
             assert time.monotonic() < deadline, f"host {self.name} was killed, but stays: {self._remaining()}"
-            self._collect_orphans()
             time.sleep(0.02)
         self.network.ip(f"link del {self.link}", check=False)
-
-    def _collect_orphans(self) -> None:
-        """What entered the host and outlived who let it in is ours once Ray has made this process a reaper of orphans.
-
-        The host cannot go down before each of its dead is collected.
-        """
-        for pid in self.pids():
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
 
     def _remaining(self) -> str:
         """Its processes and what each of them does, for a message."""
