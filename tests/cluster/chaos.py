@@ -29,19 +29,13 @@ GROUP_STAGES = ("teacher", "views")
 NUM_STAGES = 24
 CHECKPOINT_SECONDS = 0.5
 LEASE_SECONDS = 8.0
-EXPERIMENT = """\
+TEACHER = """\
 name: {name}
 data: {{dataset: digits, validation: 0.2}}
 stages:
   teacher: {{method: supervised, model: tiny_mlp, train: {{epochs: 120}}}}
-  views: {{method: angular_views, teacher: $teacher, num_branches: 2, train: {{epochs: 80}}}}
-  student: {{method: angular_kd, model: tiny_mlp, teacher: $views, train: {{epochs: 40}}}}
-baselines:
-  kd: {{student: {{method: kd, teacher: $teacher}}}}
-search:
-  space: {{student.kd_weight: {{grid: [0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0]}}}}
-  objective: {{maximize: student.top1}}
-  seeds: 2
+"""
+RUN = """\
 run:
   storage: {storage}
   tracking: "{tracking}"
@@ -50,9 +44,34 @@ run:
   max_failures: 10
   stages:
     teacher: {{workers: 2, placement: spread}}
+"""
+EXPERIMENT = (
+    TEACHER
+    + """\
+  views: {{method: angular_views, teacher: $teacher, num_branches: 2, train: {{epochs: 50}}}}
+  student: {{method: angular_kd, model: tiny_mlp, teacher: $views, train: {{epochs: 40}}}}
+baselines:
+  kd: {{student: {{method: kd, teacher: $teacher}}}}
+search:
+  space: {{student.kd_weight: {{grid: [0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0]}}}}
+  objective: {{maximize: student.top1}}
+  seeds: 2
+"""
+    + RUN
+    + """\
     views: {{workers: 2, placement: spread}}
 """
+)
 """A teacher and its views on two hosts, twenty students on one worker each and two baselines: 24 stages."""
+BASELINE = (
+    TEACHER
+    + """\
+  student: {{method: kd, model: tiny_mlp, teacher: $teacher, train: {{epochs: 40}}}}
+search: {{objective: {{maximize: student.top1}}}}
+"""
+    + RUN
+)
+"""Two of these stages: the teacher on two hosts and a student."""
 
 TITLES = {"worker": ("ray::RayTrainWorker", "ray::_train_alone"), "trial": ("ray::ImplicitFunc",)}
 SLACK_SECONDS = 1.5
@@ -111,10 +130,10 @@ def make_faults(kinds: Sequence[tuple[Kind, Phase]], first_seed: int) -> list[Fa
     ]
 
 
-def write_experiment(cluster: Cluster, name: str) -> tuple[Path, Path]:
+def write_experiment(cluster: Cluster, name: str, template: str) -> tuple[Path, Path]:
     """An experiment file and the storage that it names; tracked by the cluster's server."""
     path, storage = cluster.folder / f"{name}.yaml", cluster.folder / name
-    text = EXPERIMENT.format(
+    text = template.format(
         name=name, storage=storage, tracking=cluster.tracking_uri,
         checkpoint_seconds=CHECKPOINT_SECONDS, lease_seconds=LEASE_SECONDS,
     )  # fmt: skip
@@ -128,11 +147,11 @@ class Sweep:
 
     cluster: Cluster
     name: str
-    overrides: tuple[str, ...] = ()
+    template: str = EXPERIMENT
     injected: list[Injected] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.experiment, self.storage = write_experiment(self.cluster, self.name)
+        self.experiment, self.storage = write_experiment(self.cluster, self.name, self.template)
         self.watch = Watch(self.storage)
         self.began = now()
         self.recovered = now()
@@ -141,7 +160,7 @@ class Sweep:
 
     def start(self) -> None:
         """The command that a user would type, the first time and again."""
-        self._driver = self.cluster.drive(self.experiment, *self.overrides)
+        self._driver = self.cluster.drive(self.experiment)
 
     def inject(self, fault: Fault) -> Injected:
         """Wait until something is trained that a fault can hit, strike, and bring back what an operator would."""

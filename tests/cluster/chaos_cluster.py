@@ -141,9 +141,9 @@ class Cluster:
             return False
         return True
 
-    def drive(self, experiment: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    def drive(self, experiment: Path) -> subprocess.Popen[bytes]:
         """``stillhouse run`` on the head; its output goes beside the experiment."""
-        command = ["python", "-m", "orchestrator.cli", "run", str(experiment), *overrides]
+        command = ["python", "-m", "orchestrator.cli", "run", str(experiment)]
         environment = {**self.environment, "RAY_ADDRESS": self.address}
         return self.hosts[HEAD].start(command, environment, experiment.with_suffix(".txt"))
 

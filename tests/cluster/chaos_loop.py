@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from chaos import Sweep, disturb_network, drawn_kinds, make_faults
+from chaos import BASELINE, Sweep, disturb_network, drawn_kinds, make_faults
 from chaos_checks import check_losses, check_results, check_tracking, everything_is_returned
 from chaos_cluster import EVERY_HOST, Cluster
 from chaos_report import markdown
@@ -42,7 +42,7 @@ def main() -> int:
             check_tracking(cluster, sweep)
             everything_is_returned(cluster)
             broken.append(sweep)
-        network = Sweep(cluster, "network")
+        network = Sweep(cluster, "network", BASELINE)
         disturb_network(network, milliseconds=100, seconds=options.partition_seconds)
         network.run_to_end()
         check_results(network, undisturbed)
