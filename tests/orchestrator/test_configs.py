@@ -34,7 +34,7 @@ STAGES: dict[str, dict[str, int]] = {
     "shared_ris": {"grounder": 6},
     "shared_ris_small": {"grounder": 4},
     "takd_digits": {"teacher": 1, "student": 10, "assistant": 1, "copies": 1},
-    "transfer_cifar100_small": {"teacher": 1, "student": 5, "probe": 15, "views": 1},
+    "transfer_cifar100_small": {"teacher": 1, "student": 15, "probe": 15, "views": 1},
 }
 """Stages that the whole experiment has to run, by name."""
 
