@@ -16,6 +16,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so is it for what a she
     )  # else Ctrl-C would reach nothing that a test starts
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that take long come first, so that no process is left with one at the end."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_ray_folder() -> Iterator[None]:
     """A folder of this test process for Ray's sessions, and for its note of the cluster that was started last."""
