@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
@@ -9,6 +10,9 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Before torch is there: threads of several test processes wait for each other by turning in circles."""
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so is it for what a shell starts with `&`
     signal.signal(
@@ -28,6 +32,7 @@ def own_ray_folder() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="sh-")  # a short path: sockets lie in it
     with pytest.MonkeyPatch.context() as monkey:
         monkey.setenv("RAY_TMPDIR", folder)
+        monkey.setenv("RAY_worker_niceness", "0")  # else Ray's processes starve beside tests that compute
         monkey.delenv("RAY_ADDRESS", raising=False)
         yield
         if ray := sys.modules.get("ray"):

@@ -32,6 +32,7 @@ HostKey {folder}/host_key
 AuthorizedKeysFile {key}.pub
 PidFile none
 StrictModes no
+SetEnv RAY_worker_niceness=0
 UsePAM no
 PasswordAuthentication no
 PermitRootLogin prohibit-password

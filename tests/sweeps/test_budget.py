@@ -100,7 +100,7 @@ def test_the_clock_limits_a_run_and_a_stage_keeps_its_checkpoint(experiment, tmp
     }
     made = experiment(
         stages=long, search={"space": {}, "seeds": 1}, baselines={}, remove=("views",),
-        run={"budget": {"hours": 15 / 3600}, "checkpoint_seconds": 1000},
+        run={"budget": {"hours": 25 / 3600}, "checkpoint_seconds": 1000},
     )  # fmt: skip
     result = made.run(quiet=True)
     assert "(run.budget.hours)" in result.budget_reached
