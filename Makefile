@@ -44,7 +44,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 test: check debian
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
