@@ -1,4 +1,4 @@
-"""Pictures of a sweep: metric against each setting, learning curves, accuracy against cost. PNG and SVG.
+"""Pictures of a sweep: metric against each setting, learning curves, accuracy against cost, the Pareto front. PNG and SVG.
 
 Drawn with matplotlib's objects on the Agg canvas: no window, no global state, safe in any thread.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from orchestrator.plot_front import draw_front
 from orchestrator.plot_settings import draw_settings
 from orchestrator.plot_style import BASELINE, HIGHLIGHTS, OTHERS, finish, point_name, style
 from orchestrator.report_cells import title
@@ -41,15 +43,16 @@ def draw(
     if not objectives:
         raise ValueError("a plot needs at least one objective")
     folder.mkdir(parents=True, exist_ok=True)
-    drawings: dict[str, Callable[..., Figure | None]] = {
-        "settings": draw_settings,
-        "learning_curves": draw_curves,
-        "cost": draw_cost,
+    drawings: dict[str, Callable[[], Figure | None]] = {
+        "settings": partial(draw_settings, rows, objectives[0], baseline=baseline),
+        "learning_curves": partial(draw_curves, rows, objectives[0], baseline=baseline),
+        "cost": partial(draw_cost, rows, objectives[0], baseline=baseline),
+        "pareto_front": partial(draw_front, rows, objectives, baseline=baseline),
     }
     paths = []
     for name, drawing in drawings.items():
         with style():
-            figure = drawing(rows, objectives[0], baseline=baseline)
+            figure = drawing()
             if figure is not None:
                 FigureCanvasAgg(figure)
                 for ending in ("png", "svg"):

@@ -18,7 +18,18 @@ from orchestrator.cost import NO_TIME, MachineTime, PriceSettings
 from orchestrator.spec import Objective
 from orchestrator.statistics import PairedDifference, holm, paired_difference, spread
 
-__all__ = ["Cost", "Objective", "TrialRow", "best", "cost", "on_test", "selected", "table"]
+__all__ = [
+    "Cost",
+    "Objective",
+    "TrialRow",
+    "best",
+    "cost",
+    "on_test",
+    "pareto_front",
+    "point_means",
+    "selected",
+    "table",
+]
 
 Status = Literal["done", "failed", "stopped", "waiting"]
 ORDER = {"done": 0, "partial": 0, "stopped": 1, "waiting": 2, "failed": 3}
@@ -153,6 +164,34 @@ def selected(point: Sequence[TrialRow]) -> list[TrialRow]:
     """The trials of a point that its numbers are made of: the finished ones, or the stopped ones if none finished."""
     done = [row for row in point if row.status == "done"]
     return done or [row for row in point if row.status == "stopped"]
+
+
+def point_means(rows: Sequence[TrialRow], objectives: Sequence[Objective]) -> dict[str, tuple[float, ...]]:
+    """Each finished point's mean of every objective over its seeds, on validation; without points that lack one."""
+    points: dict[str, list[TrialRow]] = {}
+    for row in rows:
+        if row.status == "done" and all(objective.name in row.metrics for objective in objectives):
+            points.setdefault(row.point, []).append(row)
+    return {
+        point: tuple(spread(row.metrics[objective.name] for row in group).mean for objective in objectives)
+        for point, group in points.items()
+    }
+
+
+def pareto_front(means: Mapping[str, Sequence[float]], objectives: Sequence[Objective]) -> list[str]:
+    """The points that no other point equals or beats in every objective and beats in one, in the order given."""
+    signs = [1 if objective.maximize else -1 for objective in objectives]
+    gains = {
+        point: [sign * value for sign, value in zip(signs, values, strict=True)]
+        for point, values in means.items()
+    }
+
+    def beats(one: Sequence[float], other: Sequence[float]) -> bool:
+        return list(one) != list(other) and all(
+            ours >= theirs for ours, theirs in zip(one, other, strict=True)
+        )
+
+    return [point for point, gain in gains.items() if not any(beats(other, gain) for other in gains.values())]
 
 
 def on_test(name: str) -> str:

@@ -15,7 +15,7 @@ from orchestrator.report_cells import MISSING, Column, columns, setting, short_n
 from orchestrator.report_controls import control_lines
 from orchestrator.report_cost import cost_lines
 from orchestrator.report_pictures import Panel, panel_lines
-from orchestrator.report_table import TrialRow, best, table
+from orchestrator.report_table import TrialRow, best, pareto_front, point_means, table
 from orchestrator.spec import Objective
 from orchestrator.statistics import PairedDifference, more_seeds, verdict
 
@@ -247,7 +247,7 @@ def _verdicts(report: Report, frame: pd.DataFrame) -> list[str]:
     winner = best(frame)
     if winner is None:
         return []
-    sentences = [f"Best on validation: {_point(winner, frame)}."]
+    sentences = [f"Best on validation: {_point(winner, frame)}.", *_front(report, frame)]
     column = f"difference ({frame.attrs['split']})"
     if column not in frame:
         return sentences
@@ -260,6 +260,20 @@ def _verdicts(report: Report, frame: pd.DataFrame) -> list[str]:
             "alone, so the words above are corrected for their number (Holm)."
         )
     return sentences
+
+
+def _front(report: Report, frame: pd.DataFrame) -> list[str]:
+    """With two objectives, which points are worth choosing between."""
+    if len(report.objectives) < 2:
+        return []
+    front = set(pareto_front(point_means(report.rows, report.objectives), report.objectives))
+    named = [_point(point, frame) for _, point in frame.iterrows() if point["point"] in front]
+    shown = "; ".join(named[:NUM_BEST]) + (
+        f"; and {len(named) - NUM_BEST} more" if len(named) > NUM_BEST else ""
+    )
+    return [
+        f"Pareto front on validation, of means over seeds (no other point is as good in all objectives): {shown}."
+    ]
 
 
 def _verdict(point: pd.Series, frame: pd.DataFrame, report: Report) -> str:
