@@ -1,8 +1,8 @@
 """What the leader of a pack and the trials that follow it tell each other: small documents in the store.
 
-Works on any storage and from any host. The leader writes a follower's rows and, at last, its outcome. The driver
-asks for the end of a stage whose trial is stopped early; a follower that was not stopped says so after the last epoch. That the leader
-lives is seen by its lease on the pack's name.
+Works on any storage and from any host. The leader writes a follower's rows and, at last, its outcome. The driver asks for
+the end of a stage whose trial is stopped early; a follower that was not stopped says so after the last epoch. That the
+leader lives is seen by its lease on the pack's name.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from matplotlib.figure import Figure
 
@@ -31,10 +32,9 @@ def draw_front(
         is_base = baseline in (point, first[point].label)
         axes.plot(other, value, "o", ms=7, color=BASELINE if is_base else OTHERS, zorder=2)
     values, others = zip(*(means[point] for point in front), strict=True)
-    reached = (
-        "pre" if objectives[1].maximize else "post"
-    )  # what some point of the front is at least as good as
-    axes.step(others, values, where=reached, color=HIGHLIGHTS[0], lw=1.5, zorder=1)
+    # The line is what some point of the front reaches.
+    where: Literal["pre", "post"] = "pre" if objectives[1].maximize else "post"
+    axes.step(others, values, where=where, color=HIGHLIGHTS[0], lw=1.5, zorder=1)
     for index, point in enumerate(front):
         colour = HIGHLIGHTS[index % len(HIGHLIGHTS)]
         axes.plot(means[point][1], means[point][0], "o", ms=9, mfc="none", mew=2, color=colour, zorder=3, label=point_name(first[point], rows))  # fmt: skip
