@@ -170,7 +170,8 @@ def point_means(rows: Sequence[TrialRow], objectives: Sequence[Objective]) -> di
     """Each finished point's mean of every objective over its seeds, on validation; without points that lack one."""
     points: dict[str, list[TrialRow]] = {}
     for row in rows:
-        if row.status == "done" and all(objective.name in row.metrics for objective in objectives):
+        values = [row.metrics.get(objective.name, math.nan) for objective in objectives]
+        if row.status == "done" and all(map(math.isfinite, values)):
             points.setdefault(row.point, []).append(row)
     return {
         point: tuple(spread(row.metrics[objective.name] for row in group).mean for objective in objectives)

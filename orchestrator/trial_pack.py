@@ -83,7 +83,10 @@ class PackRunner(TrialRunner):
 
     def stop_follower(self, pack: str, trial: Trial) -> None:
         """The scheduler has stopped ``trial``: its stage is not to be finished. Called where that is known first."""
-        PackBoard(self.store, pack).ask_to_stop(trial.key)
+        try:
+            PackBoard(self.store, pack).ask_to_stop(trial.key)
+        except StorageError as error:  # one stage too many does less harm than the end of the sweep
+            logger.warning("trial %s was stopped, but its stage may be finished: %s", trial.key[:8], error)
 
     def failed(self, error: Exception) -> Outcome:
         """The outcome of a trial that met ``error`` in a pack."""

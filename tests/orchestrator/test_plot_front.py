@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +28,14 @@ def trial(
 ROWS = [
     trial("large", 90.0, 4.0), trial("large", 92.0, 6.0, seed=1), trial("middle", 88.0, 2.0),
     trial("slow", 88.0, 3.0), trial("small", 70.0, 0.5), trial("broken", 99.0, 0.1, status="failed"),
-    trial("plain", 60.0, 0.6, label="kd"),
+    trial("plain", 60.0, 0.6, label="kd"), trial("unmeasured", 99.0, math.nan),
 ]  # fmt: skip
 
 
 def test_the_front_is_made_of_means_of_finished_points() -> None:
     means = point_means(ROWS, (TOP1, LATENCY))
     assert means["large"] == (91.0, 5.0)
-    assert "broken" not in means
+    assert not {"broken", "unmeasured"} & means.keys()
     assert pareto_front(means, (TOP1, LATENCY)) == ["large", "middle", "small"]
 
 

@@ -292,6 +292,22 @@ def test_a_stop_that_comes_after_the_last_epoch_still_stops(store: Store, trials
     assert store.list_json("packs/") == []
 
 
+def test_a_stop_that_cannot_be_written_is_said_and_ends_nothing(
+    store: Store, trials: list[Trial], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise StorageError("the disk is full")
+
+    bench = Bench(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_json", full)
+        bench.runner.stop_follower(bench.pack, trials[1])
+    assert (
+        f"trial {trials[1].key[:8]} was stopped, but its stage may be finished: the disk is full"
+        in caplog.text
+    )
+
+
 def test_a_follower_that_never_answers_is_not_waited_for_without_end(
     store: Store, trials: list[Trial], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
