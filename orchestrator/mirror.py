@@ -76,6 +76,7 @@ class Follower:
         self._connect = connect
         self._retry_seconds = retry_seconds
         self._sender = SingleSender(journal_path)
+        self._has_turn = False
         self._target: Target | None = None
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -142,9 +143,9 @@ class Follower:
         self._sender.release()
 
     def _advance(self) -> bool:
-        """Deliver the next records; True when there were none."""
-        if not self._sender.acquire():
-            raise BlockingIOError("another process is sending this journal at the moment")
+        """Deliver the next records; True when there is nothing to do for now."""
+        if not self._take_turn():
+            return True
         if self._target is None:
             self._target = self._connect(self.state)
         if _size(self.journal_path) < self.state.offset:
@@ -158,6 +159,8 @@ class Follower:
             return True
         self._idle.clear()
         for group in grouped(batch):
+            if self._stopping.is_set():  # whoever comes next sends the batch again
+                return False
             self._deliver(self._target, group)
         self.state.offset = batch[-1][1]
         self._attempts.clear()
@@ -165,6 +168,13 @@ class Follower:
         self._is_unsaved = True
         self._save_if_due()
         return False
+
+    def _take_turn(self) -> bool:
+        """Whether this process may send, which begins where the sender before it came to."""
+        if not self._has_turn and self._sender.acquire():
+            self.state = MirrorState.load(self.journal_path, self._target_name)
+            self._has_turn = True
+        return self._has_turn
 
     def _save_if_due(self) -> None:
         if self._is_unsaved and time.monotonic() >= self._save_due:

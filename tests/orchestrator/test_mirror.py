@@ -163,6 +163,36 @@ def test_two_followers_of_one_journal_do_not_send_at_the_same_time(journal: Jour
     assert ("tags", "sweep") in second.received
 
 
+def test_a_follower_waits_for_its_turn_and_goes_on_where_the_one_before_came_to(
+    journal: Journal, follow, caplog
+) -> None:
+    first, second = FakeTarget(), FakeTarget()
+    first.trouble = lambda record: time.sleep(0.2)  # type: ignore[func-returns-value, return-value]
+    one = follow(first)
+    while first.num_sends == 0:
+        time.sleep(0.01)
+    two = follow(second)
+    assert one.close(10) == 0
+    journal.tags("sweep", {"b": "c"})
+    assert two.drain(10) == 0
+    assert (first.received, second.received) == (SENT, [("tags", "sweep")])
+    assert not [record for record in caplog.records if "tracking waits" in record.message]
+
+
+def test_a_closed_follower_sends_no_more(journal: Journal, follow) -> None:
+    target = FakeTarget()
+    target.trouble = lambda record: time.sleep(0.3)  # type: ignore[func-returns-value, return-value]
+    one = follow(target)
+    while target.num_sends == 0:
+        time.sleep(0.01)
+    assert one.close(0.0) == 4
+    sent = len(target.received)
+    assert sent < len(SENT)
+    later = FakeTarget()
+    assert follow(later).close(10) == 0
+    assert (len(target.received), later.received) == (sent, SENT)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b'{"targets": 3}', b"\xff\xfe"])
 def test_a_broken_state_only_costs_time(journal: Journal, follow, content: bytes) -> None:
     state_path(journal.path).write_bytes(content)

@@ -151,5 +151,6 @@ def test_server_away_in_the_middle(experiment, server, tmp_path) -> None:
     helper.join(600)
     assert len(outage) == 2
     assert result.num_failed == 0
-    swept.run(quiet=True)  # sends what still waited
+    # Sends what still waited: a process gives a server that is away ten seconds at its end, no more.
+    swept.run(quiet=True)
     check_runs(server.uri)

@@ -307,6 +307,14 @@ class Reserver:
         assert group.wait(120)
         return str(group.id.hex())
 
+    def reserve_when(self, sign: Path) -> None:
+        sign.with_suffix(".waits").touch()
+        deadline = time.monotonic() + 120
+        while not sign.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        placement_group([{"CPU": 1.0}], name="late")
+        time.sleep(120)
+
 
 def test_reservations_of_the_dead_are_given_up(cluster: Cluster) -> None:
     """Ray keeps them until the whole job ends: a killed controller would take its CPUs out of the sweep."""
@@ -323,3 +331,28 @@ def test_reservations_of_the_dead_are_given_up(cluster: Cluster) -> None:
     assert wait_for(give_up_reservations_of_the_dead) == 1
     remove_placement_group(own)
     wait_for(lambda: free_cpus() == 2.0)
+
+
+def test_what_an_actor_reserves_after_its_death_is_given_up(cluster: Cluster, tmp_path: Path) -> None:
+    """A node that the cluster takes for dead while its processes live: their requests are still served."""
+    far = cluster.add_node(num_cpus=0, resources={"far": 1.0})
+    reserver = Reserver.options(resources={"far": 1.0}).remote()
+    sign = tmp_path / "sign"
+    reserver.reserve_when.remote(sign)
+    wait_for(sign.with_suffix(".waits").exists, 120)
+    raylet = far.all_processes["raylet"][0].process
+    os.kill(raylet.pid, signal.SIGSTOP)
+    try:
+        wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 2)
+        sign.touch()
+        wait_for(lambda: late_reservation() == "CREATED")
+        assert wait_for(give_up_reservations_of_the_dead) == 1
+        wait_for(lambda: late_reservation() == "REMOVED" and free_cpus() == 2.0)
+    finally:
+        os.kill(raylet.pid, signal.SIGCONT)
+        cluster.remove_node(far, allow_graceful=False)
+
+
+def late_reservation() -> str:
+    states = [group["state"] for group in placement_group_table().values() if group["name"] == "late"]
+    return states[0] if states else "none"
