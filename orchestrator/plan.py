@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -89,6 +89,8 @@ class _Known:
     """Label, values and seed -> trial."""
     data: dict[str, Any] = field(default_factory=dict)
     """Content of the experiment's data section."""
+    signatures: dict[Hashable, str] = field(default_factory=dict)
+    """Method, network, training, data and signatures of the inputs -> signature."""
 
 
 @dataclass(frozen=True)
@@ -162,10 +164,18 @@ class Planner:
             seed=seed,
             inputs=inputs,
             content=content,
-            signature=cost_signature(stage, data_content, signatures),
+            signature=self._signature(stage, data, signatures),
             signals=signals,
             unrecordable=unrecordable(stage, self.spec.catalog),
         )
+
+    def _signature(self, stage: StageSpec, data: DataSettings, inputs: Mapping[str, str]) -> str:
+        mark = (stage.method, stage.model, stage.train, data, tuple(inputs.items()))
+        known = self._known.signatures.get(mark)
+        if known is None:
+            known = cost_signature(stage, self._data_content(data), inputs)
+            self._known.signatures[mark] = known
+        return known
 
     def _data_content(self, data: DataSettings) -> dict[str, Any]:
         known = self._known.data

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -127,8 +129,9 @@ class Sweep:
         """What the store knows of this sweep, without running anything."""
         manifests = Manifests(self.store)
         dispatcher = self._dispatcher(Endings(self.store, self.spec.search, manifests).look_up)
-        dispatcher.draw()
-        return self._result(dispatcher, read_spent(self.store, self.spec.name), manifests)
+        with _everything_stays():
+            dispatcher.draw()
+            return self._result(dispatcher, read_spent(self.store, self.spec.name), manifests)
 
     def run(self, quiet: bool = False) -> Result:
         """Run what is missing, then report. The same call resumes an interrupted sweep and extends a finished one."""
@@ -296,6 +299,18 @@ class Sweep:
             display.event(
                 f"{left} tracking records wait in {self.folder / 'journal.jsonl'}; the same command sends them"
             )
+
+
+@contextmanager
+def _everything_stays() -> Iterator[None]:
+    """No search for garbage among what is made meanwhile: for ten thousand trials that is a tenth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def code_version() -> str:

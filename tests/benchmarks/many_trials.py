@@ -25,7 +25,7 @@ MEMORY_DISK = Path("/dev/shm")
 
 def measure(quick: bool) -> Iterator[Measurement]:
     """Time and memory per trial, plan and results. The sizes are the same when it has to be quick."""
-    few, some, many = (run(size) for size in SIZES)
+    few, some, many = in_turns()
     yield drive_measurement(few, some, many)
     yield memory_measurement(few, some, many)
     for name, seconds in (("plan", many.plan_seconds), ("results", many.results_seconds)):
@@ -59,6 +59,16 @@ def memory_measurement(few: Simulated, some: Simulated, many: Simulated) -> Meas
         ratio=late / early, at_most=FLAT, peak_bytes=many.peak_bytes,
         note="report and pictures included, Ray's own records of its trials not",
     )  # fmt: skip
+
+
+def in_turns() -> tuple[Simulated, Simulated, Simulated]:
+    """One run of each size. The smaller ones are runs of medium speed, of some before and after the largest."""
+    few, some, many = SIZES
+    runs = [run(size) for size in (few, some, few, many, few, some, few, some, few)]
+    ordered = sorted(runs, key=lambda run: run.drive_seconds)
+    by_size = {size: [run for run in ordered if run.num_trials == size] for size in SIZES}
+    first, second, third = (found[len(found) // 2] for found in by_size.values())
+    return first, second, third
 
 
 def kilobytes_per_trial(fewer: Simulated, more: Simulated) -> float:
