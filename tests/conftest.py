@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +47,17 @@ def local_ray() -> None:
     from orchestrator.ray_tune import connect
 
     connect()
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables, to be copied: making them takes seconds."""
+    from orchestrator.journal import Journal
+    from orchestrator.tracking import Mirror
+
+    folder = tmp_path_factory.mktemp("migrated")
+    mirror = Mirror(folder / "j.jsonl", f"sqlite:///{folder}/mlflow.db", "other")
+    Journal(folder / "j.jsonl").run("x", name="x", parent=None, kind="sweep")
+    mirror.start()
+    assert mirror.close(300.0) == 0
+    return folder / "mlflow.db"

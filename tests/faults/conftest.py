@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,15 @@ from orchestrator import Experiment
 
 
 @pytest.fixture(scope="module")
-def sweep_of() -> Callable[..., Experiment]:
+def sweep_of(migrated: Path) -> Callable[..., Experiment]:
     """``sweep_of(storage, tracking=...)``: one teacher, two sets of views, three students."""
 
     def make(storage: Path, **run: Any) -> Experiment:
+        uri = run.setdefault("tracking", f"sqlite:///{storage}/mlflow.db")
+        database = Path(uri.removeprefix("sqlite:///"))
+        if uri.startswith("sqlite") and not database.exists():
+            database.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(migrated, database)
         return Experiment(
             name="faults",
             data={"dataset": "digits", "validation": 0.2},
@@ -31,7 +37,8 @@ def sweep_of() -> Callable[..., Experiment]:
                 "space": {"views.num_branches": {"grid": [1, 2]}},
                 "objective": {"maximize": "student.top1"},
             },
-            run={"storage": str(storage), "checkpoint_seconds": 0, "lease_seconds": 20, **run},
+            # A second process for trials would take longer to start than the sweep takes.
+            run={"storage": str(storage), "checkpoint_seconds": 0, "lease_seconds": 20, "concurrent_trials": 1, **run},
         )  # fmt: skip
 
     return make

@@ -17,13 +17,15 @@ from orchestrator.store import Store
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 NUM_STAGES = 1 + 3 + 8
+ONE_AT_A_TIME = "run.concurrent_trials=1"
 TIMES = ["seconds", "shared_seconds", "latency_ms", "cpu_hours", "shared_cpu_hours"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert finish(start(write_experiment(folder, folder / "runs"))) == 0, (folder / "output.txt").read_text()
+    process = start(write_experiment(folder, folder / "runs"), ONE_AT_A_TIME)
+    assert finish(process) == 0, (folder / "output.txt").read_text()
     return folder / "runs"
 
 
@@ -79,7 +81,7 @@ def test_killed_three_times_gives_the_same_table(undisturbed: Path, tmp_path: Pa
 def test_interrupted_once_ends_cleanly_and_goes_on(undisturbed: Path, tmp_path: Path) -> None:
     storage = tmp_path / "runs"
     experiment = write_experiment(tmp_path, storage)
-    process = start(experiment)
+    process = start(experiment, ONE_AT_A_TIME)
     wait_until(lambda: len(list(Store(str(storage)).keys())) >= 2, 300, "two finished stages")
     process.send_signal(signal.SIGINT)
     assert finish(process, 90) == 130
@@ -90,6 +92,6 @@ def test_interrupted_once_ends_cleanly_and_goes_on(undisturbed: Path, tmp_path: 
     before = contents(storage)
     assert len(before) < NUM_STAGES
     assert all(store.holder(key) is None for key in contents(undisturbed))
-    assert finish(start(experiment)) == 0, (tmp_path / "output.txt").read_text()
+    assert finish(start(experiment, ONE_AT_A_TIME)) == 0, (tmp_path / "output.txt").read_text()
     assert before.items() <= contents(storage).items()
     pd.testing.assert_frame_equal(table(storage), table(undisturbed))

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from grounding_artifact import StoredTrial, stored
 
-from orchestrator.journal import Journal
-from orchestrator.tracking import Mirror
 
-
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its tables, to be copied."""
-    folder = tmp_path_factory.mktemp("migrated")
-    mirror = Mirror(folder / "j.jsonl", f"sqlite:///{folder}/mlflow.db", "other")
-    Journal(folder / "j.jsonl").run("x", name="x", parent=None, kind="sweep")
-    mirror.start()
-    assert mirror.close(300.0) == 0
-    return folder / "mlflow.db"
+@pytest.fixture
+def uri(tmp_path: Path, migrated: Path) -> str:
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"
 
 
 @pytest.fixture(scope="session")

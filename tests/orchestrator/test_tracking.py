@@ -1,4 +1,4 @@
-"""The mirror against real MLflow: a SQLite file, and a server that is frozen, killed and started again."""
+"""The mirror against real MLflow, over a SQLite file."""
 
 from __future__ import annotations
 
@@ -9,92 +9,26 @@ import shutil
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tracking_doubles import Server, write_sweep
+from tracking_doubles import (
+    DRAIN_SECONDS,
+    assert_complete,
+    client,
+    history,
+    runs,
+    send,
+    write_sweep,
+)
 
-from methods import BUILTIN, ModelSettings, Task
-from orchestrator import tracking_uri
-from orchestrator.bundle import BundleSettings, write_bundle
 from orchestrator.errors import ConfigurationError
 from orchestrator.journal import Journal
-from orchestrator.serving import load_bundle
 from orchestrator.tracking import Mirror, ui_command
 from orchestrator.tracking_state import MirrorState, state_path
-
-DRAIN_SECONDS = 180.0
-
-
-@pytest.fixture
-def uri(tmp_path: Path, migrated: Path) -> str:
-    shutil.copy(migrated, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copy(migrated, folder / "mlflow.db")
-    server = Server(folder)
-    server.start()
-    yield server
-    server.kill()
-
-
-def send(path: Path, uri: str, experiment: str = "distil") -> Mirror:
-    mirror = Mirror(path, uri, experiment, retry_seconds=0.1)
-    mirror.start()
-    assert mirror.close(DRAIN_SECONDS) == 0
-    return mirror
-
-
-def client(uri: str) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
-
-
-def runs(uri: str, experiment: str = "distil") -> dict[str, Any]:
-    """Our id -> run; fails when an id has two runs."""
-    asked = client(uri)
-    found = asked.search_runs([asked.get_experiment_by_name(experiment).experiment_id], max_results=1000)
-    by_id = {run.data.tags["stillhouse.id"]: run for run in found}
-    assert len(by_id) == len(found), sorted(run.data.tags["stillhouse.id"] for run in found)
-    return by_id
-
-
-def history(uri: str, run: Any, metric: str) -> list[tuple[int, int, float]]:
-    points = client(uri).get_metric_history(run.info.run_id, metric)
-    return sorted((point.step, point.timestamp, point.value) for point in points)
-
-
-EXPECTED_TOP1 = [(epoch, 2_000_000 + 1000 * epoch, 10.0 * epoch) for epoch in (1, 2, 3)]
-
-
-def assert_complete(uri: str, name: str = "a", trials: range = range(2), experiment: str = "distil") -> None:
-    found = runs(uri, experiment)
-    sweep = found[f"sweep:{name}"]
-    assert (sweep.info.status, sweep.info.start_time, sweep.info.end_time) == (
-        "FINISHED",
-        1_000_000,
-        4_000_000,
-    )
-    for number in trials:
-        trial, student = found[f"trial:{name}{number}"], found[f"stage:student-{name}{number}"]
-        assert trial.data.tags["mlflow.parentRunId"] == sweep.info.run_id
-        assert student.data.tags["mlflow.parentRunId"] == trial.info.run_id
-        assert trial.data.tags["stillhouse.uses.teacher"] == found["stage:teacher"].info.run_id
-        assert trial.data.params == {"views.margin": str(0.1 * number), "seed": str(number)}
-        assert history(uri, student, "top1") == EXPECTED_TOP1
-        assert (trial.info.status, student.info.status) == ("FINISHED", "FINISHED")
-    assert history(uri, found["stage:teacher"], "top1") == EXPECTED_TOP1
 
 
 def test_nesting_params_metrics_and_times_arrive_once(tmp_path: Path, uri: str) -> None:
@@ -292,83 +226,6 @@ def test_two_mirrors_share_one_file(tmp_path: Path, uri: str) -> None:
     assert_complete(uri, "b", experiment="exp-b")
 
 
-def bundle(folder: Path, name: str = "tiny_cnn", key: str = "k1") -> tuple[Path, torch.nn.Module]:
-    torch.manual_seed(0)
-    task = Task(num_classes=10, in_channels=1, image_size=8)
-    network = BUILTIN.build_model(ModelSettings(name="tiny_cnn"), task).eval()
-    settings = BundleSettings(
-        model=name, task=task, mean=(0.3,), std=(0.4,), class_names=tuple("0123456789"), key=key
-    )
-    return write_bundle(folder, settings, network.state_dict()), network
-
-
-def assert_predicts(uri: str, mirror: Mirror, run: str, network: torch.nn.Module) -> None:
-    """The model that hangs on ``run`` gives the network's logits, through MLflow's own loader."""
-    import mlflow
-
-    (output,) = client(uri).get_run(mirror.run_id(run)).outputs.model_outputs
-    model = client(uri).get_logged_model(output.model_id)
-    assert model.status == "READY"
-    assert model.source_run_id == mirror.run_id(run)
-    mlflow.set_tracking_uri(uri)
-    loaded = mlflow.pyfunc.load_model(f"models:/{output.model_id}")
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 1, 8, 8), dtype=np.uint8)
-    expected, _ = network((torch.from_numpy(pixels).float() / 255 - 0.3) / 0.4)
-    np.testing.assert_allclose(loaded.predict(pixels), expected.detach().numpy(), rtol=1e-6)
-    assert loaded.metadata.signature.inputs.to_dict()[0]["tensor-spec"] == {
-        "dtype": "uint8",
-        "shape": (-1, 1, 8, 8),
-    }
-    with pytest.raises(mlflow.exceptions.MlflowException, match="uint8"):
-        loaded.predict(pixels.astype(np.float32))
-
-
-def test_a_model_is_logged_once_and_loads_back(
-    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    path = tmp_path / "j.jsonl"
-    folder, network = bundle(tmp_path / "best")
-    for _ in range(2):
-        journal = Journal(path)
-        journal.run("trial", name="t", parent=None, kind="trial")
-        journal.params("trial", {"margin": 0.2})
-        journal.model("trial", folder)
-        mirror = send(path, uri)
-        state_path(path).unlink()
-    assert_predicts(uri, mirror, "trial", network)
-    files = sorted(file.suffix for file in (tmp_path / "mlflow-artifacts").rglob("*") if file.is_file())
-    assert files.count(".safetensors") == 1
-    assert not {".pkl", ".pt", ".pth"} & set(files)
-
-
-def test_a_bundle_that_was_replaced_is_not_logged_for_the_wrong_trial(
-    tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder, _ = bundle(tmp_path / "best")
-    journal = Journal(tmp_path / "j.jsonl")
-    journal.run("trial", name="t", parent=None, kind="trial")
-    journal.model("trial", folder)
-    bundle(tmp_path / "best", key="k2")
-    with caplog.at_level(logging.WARNING):
-        mirror = send(journal.path, uri)
-    assert mirror.num_rejected == 1
-    assert "k2" in caplog.text
-
-
-@pytest.mark.parametrize(("spoil", "text"), [
-    (lambda folder: bundle(folder, name="my_net"), r"'my_net', which is not built in.*BUILTIN.extended"),
-    (lambda folder: (folder / "model.json").write_text("{}"), r"model.json cannot be read"),
-    (lambda folder: (folder / "weights.safetensors").write_bytes(b"x" * 40), r"weights.safetensors"),
-    (lambda folder: (folder / "weights.safetensors").unlink(), r"weights.safetensors"),
-])  # fmt: skip
-def test_a_bundle_that_cannot_be_loaded_says_why(tmp_path: Path, spoil: Any, text: str) -> None:
-    folder, _ = bundle(tmp_path / "best")
-    spoil(folder)
-    with pytest.raises(ConfigurationError, match=text):
-        load_bundle(folder, BUILTIN)
-
-
 @pytest.mark.parametrize(("uri", "text"), [
     ("mlruns", r"is a folder.*sqlite:////.*/mlruns/mlflow.db"),
     ("file:///tmp/mlruns", r"is a folder"),
@@ -407,57 +264,3 @@ def test_ui_command_is_what_one_types(tmp_path: Path, monkeypatch: pytest.Monkey
     expected = f"mlflow ui --backend-store-uri 'sqlite:///{tmp_path}/a b/mlflow.db'"
     assert ui_command(relative.tracking_uri) == expected
     assert ui_command("http://someone:secret@host:5000") == "http://someone:***@host:5000"
-
-
-@pytest.mark.slow
-def test_a_server_that_is_away_frozen_and_killed(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One sweep through everything that can happen to a server: all of it arrives, and once."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    journal = Journal(tmp_path / "j.jsonl")
-    mirror = Mirror(journal.path, server.uri, "distil", retry_seconds=0.1)
-    assert mirror.check() is None
-    mirror.start()
-    write_sweep(journal, trials=range(1))
-    assert mirror.drain(DRAIN_SECONDS) == 0
-
-    server.freeze()
-    started = time.monotonic()
-    assert "does not answer" in (tracking_uri.reach(server.uri, 0.5) or "")
-    write_sweep(journal, trials=range(2))
-    assert time.monotonic() - started < 1.5
-    assert mirror.drain(2.5) > 0
-    server.thaw()
-    assert mirror.drain(DRAIN_SECONDS) == 0
-    assert_complete(server.uri, trials=range(2))
-
-    server.kill()
-    write_sweep(journal, trials=range(3))
-    assert mirror.close(1.0) > 0
-    assert "cannot be reached" in (mirror.check() or "")
-    server.start()
-    later = send(journal.path, server.uri)
-    assert_complete(server.uri, trials=range(3))
-    assert len(runs(server.uri)) == 8
-    assert (later.run_url("sweep:a") or "").startswith(f"{server.uri}/#/experiments/")
-
-
-@pytest.mark.slow
-def test_a_server_takes_odd_values_artifacts_and_models(tmp_path: Path, server: Server) -> None:
-    folder, network = bundle(tmp_path / "best")
-    journal = Journal(tmp_path / "j.jsonl")
-    journal.run("trial", name="t", parent=None, kind="trial")
-    journal.params("trial", {"empty": "", "margin": 0.2})
-    journal.metrics("trial", [{"epoch": 1, "time": 1.0, "nan": math.nan, "inf": math.inf, "top1": 70.0}])
-    journal.artifact("trial", folder / "model.json", "files")
-    journal.model("trial", folder)
-    journal.end("trial", "FAILED")
-    mirror = send(journal.path, server.uri, "odd")
-    run = client(server.uri).get_run(mirror.run_id("trial"))
-    assert (run.info.status, run.data.params["margin"]) == ("FAILED", "0.2")
-    assert math.isnan(run.data.metrics["nan"])
-    assert run.data.metrics["inf"] > 1e308
-    local = client(server.uri).download_artifacts(mirror.run_id("trial"), "files/model.json", str(tmp_path))
-    assert json.loads(Path(local).read_text())["model"] == "tiny_cnn"
-    assert_predicts(server.uri, mirror, "trial", network)

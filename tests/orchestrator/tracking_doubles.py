@@ -1,4 +1,4 @@
-"""A real ``mlflow server`` that a test can stop, freeze and start again, and what the tests write."""
+"""A real ``mlflow server`` that a test can stop, freeze and start again; what the tests write, and how they read it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
+import torch
+
+from methods import BUILTIN, ModelSettings, Task
+from orchestrator.bundle import BundleSettings, write_bundle
 from orchestrator.journal import Journal
+from orchestrator.tracking import Mirror
+
+DRAIN_SECONDS = 180.0
 
 
 class Server:
@@ -89,3 +99,83 @@ def write_sweep(journal: Journal, *, name: str = "a", trials: range = range(2), 
         for id in ("stage:teacher", student, trial):
             journal.end(id, "FINISHED", 3000.0)
     journal.end(sweep, "FINISHED", 4000.0)
+
+
+def send(path: Path, uri: str, experiment: str = "distil") -> Mirror:
+    mirror = Mirror(path, uri, experiment, retry_seconds=0.1)
+    mirror.start()
+    assert mirror.close(DRAIN_SECONDS) == 0
+    return mirror
+
+
+def client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def runs(uri: str, experiment: str = "distil") -> dict[str, Any]:
+    """Our id -> run; fails when an id has two runs."""
+    asked = client(uri)
+    found = asked.search_runs([asked.get_experiment_by_name(experiment).experiment_id], max_results=1000)
+    by_id = {run.data.tags["stillhouse.id"]: run for run in found}
+    assert len(by_id) == len(found), sorted(run.data.tags["stillhouse.id"] for run in found)
+    return by_id
+
+
+def history(uri: str, run: Any, metric: str) -> list[tuple[int, int, float]]:
+    points = client(uri).get_metric_history(run.info.run_id, metric)
+    return sorted((point.step, point.timestamp, point.value) for point in points)
+
+
+EXPECTED_TOP1 = [(epoch, 2_000_000 + 1000 * epoch, 10.0 * epoch) for epoch in (1, 2, 3)]
+
+
+def assert_complete(uri: str, name: str = "a", trials: range = range(2), experiment: str = "distil") -> None:
+    found = runs(uri, experiment)
+    sweep = found[f"sweep:{name}"]
+    assert (sweep.info.status, sweep.info.start_time, sweep.info.end_time) == (
+        "FINISHED",
+        1_000_000,
+        4_000_000,
+    )
+    for number in trials:
+        trial, student = found[f"trial:{name}{number}"], found[f"stage:student-{name}{number}"]
+        assert trial.data.tags["mlflow.parentRunId"] == sweep.info.run_id
+        assert student.data.tags["mlflow.parentRunId"] == trial.info.run_id
+        assert trial.data.tags["stillhouse.uses.teacher"] == found["stage:teacher"].info.run_id
+        assert trial.data.params == {"views.margin": str(0.1 * number), "seed": str(number)}
+        assert history(uri, student, "top1") == EXPECTED_TOP1
+        assert (trial.info.status, student.info.status) == ("FINISHED", "FINISHED")
+    assert history(uri, found["stage:teacher"], "top1") == EXPECTED_TOP1
+
+
+def bundle(folder: Path, name: str = "tiny_cnn", key: str = "k1") -> tuple[Path, torch.nn.Module]:
+    torch.manual_seed(0)
+    task = Task(num_classes=10, in_channels=1, image_size=8)
+    network = BUILTIN.build_model(ModelSettings(name="tiny_cnn"), task).eval()
+    settings = BundleSettings(
+        model=name, task=task, mean=(0.3,), std=(0.4,), class_names=tuple("0123456789"), key=key
+    )
+    return write_bundle(folder, settings, network.state_dict()), network
+
+
+def assert_predicts(uri: str, mirror: Mirror, run: str, network: torch.nn.Module) -> None:
+    """The model that hangs on ``run`` gives the network's logits, through MLflow's own loader."""
+    import mlflow
+
+    (output,) = client(uri).get_run(mirror.run_id(run)).outputs.model_outputs
+    model = client(uri).get_logged_model(output.model_id)
+    assert model.status == "READY"
+    assert model.source_run_id == mirror.run_id(run)
+    mlflow.set_tracking_uri(uri)
+    loaded = mlflow.pyfunc.load_model(f"models:/{output.model_id}")
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 1, 8, 8), dtype=np.uint8)
+    expected, _ = network((torch.from_numpy(pixels).float() / 255 - 0.3) / 0.4)
+    np.testing.assert_allclose(loaded.predict(pixels), expected.detach().numpy(), rtol=1e-6)
+    assert loaded.metadata.signature.inputs.to_dict()[0]["tensor-spec"] == {
+        "dtype": "uint8",
+        "shape": (-1, 1, 8, 8),
+    }
+    with pytest.raises(mlflow.exceptions.MlflowException, match="uint8"):
+        loaded.predict(pixels.astype(np.float32))

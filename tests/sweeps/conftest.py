@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,23 @@ DOCUMENT: dict[str, Any] = {
     },
 }
 
+ONE_AT_A_TIME = {"concurrent_trials": 1}
+"""Where a test says nothing else: the process of a second trial takes longer to start than most sweeps here need."""
+
 
 @pytest.fixture
-def experiment(tmp_path: Path) -> Callable[..., Experiment]:
+def experiment(tmp_path: Path, migrated: Path) -> Callable[..., Experiment]:
     """``experiment(search={...}, remove=("views",))``: the small one, sections updated and stages removed."""
+
+    (tmp_path / "runs").mkdir()
+    shutil.copy(migrated, tmp_path / "runs" / "mlflow.db")
 
     def make(**changes: Any) -> Experiment:
         document = {
             name: dict(section) if isinstance(section, dict) else section
             for name, section in DOCUMENT.items()
         }
-        document["run"] = {"storage": str(tmp_path / "runs")}
+        document["run"] = {"storage": str(tmp_path / "runs"), **ONE_AT_A_TIME}
         for name in changes.pop("remove", ()):
             del document["stages"][name]
         for name in ("data", "stages", "search", "run"):

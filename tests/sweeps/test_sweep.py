@@ -40,7 +40,7 @@ def weights(storage: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_stages_are_shared_stored_and_extended(experiment, tmp_path) -> None:
     storage = tmp_path / "runs"
-    result = experiment().run(quiet=True)
+    result = experiment(run={"concurrent_trials": 2}).run(quiet=True)
     table = result.table()
     assert result.num_failed == 0
     assert len(result.rows) == 14
