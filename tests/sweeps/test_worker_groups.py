@@ -343,11 +343,11 @@ def test_what_an_actor_reserves_after_its_death_is_given_up(cluster: Cluster, tm
     raylet = far.all_processes["raylet"][0].process
     os.kill(raylet.pid, signal.SIGSTOP)
     try:
-        wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 2)
+        wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 2, 180)
         sign.touch()
-        wait_for(lambda: late_reservation() == "CREATED")
-        assert wait_for(give_up_reservations_of_the_dead) == 1
-        wait_for(lambda: late_reservation() == "REMOVED" and free_cpus() == 2.0)
+        wait_for(lambda: late_reservation() == "CREATED", 180)
+        assert wait_for(give_up_reservations_of_the_dead, 180) == 1
+        wait_for(lambda: late_reservation() == "REMOVED" and free_cpus() == 2.0, 180)
     finally:
         os.kill(raylet.pid, signal.SIGCONT)
         cluster.remove_node(far, allow_graceful=False)
