@@ -16,6 +16,8 @@ from methods.base import Batch, Loss, Method, Source, Step, Task, Teacher
 from methods.data.base import Augment, Images
 from methods.data.stream import Stream
 from orchestrator.checkpoint import from_bytes, to_bytes
+from orchestrator.loop import Training, train
+from orchestrator.optimisation import TrainSettings
 
 CPU = torch.device("cpu")
 NUM_CLASSES = 3
@@ -155,3 +157,20 @@ def assert_same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+def run(
+    method: Tiny | None = None, *, validate: bool = True, training: Any = None, **arguments: Any
+) -> Training:
+    """Train with short settings; what is not an argument of ``train`` is a setting."""
+    names = ("checkpoints", "observe", "checkpoint_seconds", "clock", "seed")
+    own = {name: arguments.pop(name) for name in names if name in arguments}
+    settings = TrainSettings(**{"epochs": 3, "batch_size": 8, **arguments})
+    return train(
+        make_method() if method is None else method,
+        settings=settings,
+        training=make_stream(batch_size=settings.batch_size) if training is None else training,
+        validation=make_stream(13, shuffle=False, seed=5) if validate else None,
+        device=CPU,
+        **{"seed": 1, **own},
+    )
