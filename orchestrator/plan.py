@@ -90,7 +90,7 @@ class _Known:
     data: dict[str, Any] = field(default_factory=dict)
     """Content of the experiment's data section."""
     signatures: dict[Hashable, str] = field(default_factory=dict)
-    """Method, network, training, data and signatures of the inputs -> signature."""
+    """Method, network, training and signatures of the inputs, on the experiment's data -> signature."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,9 @@ class Planner:
         )
 
     def _signature(self, stage: StageSpec, data: DataSettings, inputs: Mapping[str, str]) -> str:
-        mark = (stage.method, stage.model, stage.train, data, tuple(inputs.items()))
+        if data is not self.spec.data:
+            return cost_signature(stage, self._data_content(data), inputs)
+        mark = (stage.method, stage.model, stage.train, tuple(inputs.items()))
         known = self._known.signatures.get(mark)
         if known is None:
             known = cost_signature(stage, self._data_content(data), inputs)

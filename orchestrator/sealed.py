@@ -55,12 +55,12 @@ def load_manifest(data: bytes, what: str) -> dict[str, Any]:
     try:
         manifest = json.loads(data)
         expected = manifest["checksum"]
+        # Of the text rather than of its values: a report of ten thousand trials checks as many manifests.
+        text = data.removesuffix(SEAL % str(expected).encode())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(
             what, MANIFEST, "a JSON manifest", f"{len(data)} bytes that are none ({error})"
         ) from error
-    # Of the text rather than of its values: a report of ten thousand trials checks as many manifests.
-    text = data.removesuffix(SEAL % str(expected).encode())
     found = hashlib.sha256(text).hexdigest()
     if expected != found:
         raise _damaged(what, MANIFEST, f"checksum {expected}", f"checksum {found}")

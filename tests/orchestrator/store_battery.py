@@ -68,6 +68,8 @@ DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes | None]]] = {
     "emptied manifest": ("manifest.json", lambda data: b""),
     "changed metric in the manifest": ("manifest.json", lambda data: data.replace(b"71.5", b"99.9")),
     "JSON without fields as manifest": ("manifest.json", lambda data: b"[1, 2]"),
+    "a checksum that is no text": ("manifest.json", lambda data: b'{"checksum": "\\ud800"}'),
+    "a manifest printed anew": ("manifest.json", lambda data: json.dumps(json.loads(data)).encode()),
 }
 
 
