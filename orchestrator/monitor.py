@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from orchestrator.dispatch import Dispatcher, Outcome
 from orchestrator.ending import Endings
-from orchestrator.errors import StorageError
+from orchestrator.errors import DamagedArtifactError, StorageError
 from orchestrator.loop import Row
 from orchestrator.plan import PlannedStage, Trial
 from orchestrator.plan_text import duration
@@ -169,9 +169,12 @@ class Monitor:
                 continue
             if self._store.has(stage.key):
                 if stage is not trial.final:
-                    self._note_done(stage)
                     self._log.stage_started(stage, trial, shared=uses[stage.key] > 1)
-                    self._log.stage_finished(stage)
+                    try:
+                        self._log.stage_finished(stage)
+                    except DamagedArtifactError:  # the trial meets it too, says so, and has it built again
+                        return stage
+                    self._note_done(stage)
                 continue
             holder = self._store.holder(stage.key)
             if holder is None:

@@ -62,7 +62,7 @@ def load_manifest(data: bytes, what: str) -> dict[str, Any]:
             what, MANIFEST, "a JSON manifest", f"{len(data)} bytes that are none ({error})"
         ) from error
     found = hashlib.sha256(text).hexdigest()
-    if expected != found:
+    if expected not in (found, _checksum_of_values(manifest)):
         raise _damaged(what, MANIFEST, f"checksum {expected}", f"checksum {found}")
     return dict(manifest)
 
@@ -85,6 +85,12 @@ def read_sealed(files: Files, folder: str, name: str, manifest: Mapping[str, Any
     if found != described["sha256"]:
         raise _damaged(what, name, f"SHA-256 {described['sha256']}", f"SHA-256 {found}")
     return data
+
+
+def _checksum_of_values(manifest: Mapping[str, Any]) -> str:
+    """What the checksum of older manifests was made of, however they are printed."""
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _damaged(what: str, name: str, expected: str, found: str) -> DamagedArtifactError:

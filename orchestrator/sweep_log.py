@@ -145,10 +145,10 @@ class SweepLog:
         """Everything about a finished stage, from its artifact: rows that were missed live, cost, device, versions."""
         if stage.key in self._logged_stages:
             return
-        self._logged_stages.add(stage.key)
         stage_id = f"stage:{stage.key}"
         manifest = self._manifest(stage.key)
         rows = self._history(stage.key)
+        self._logged_stages.add(stage.key)
         seen = self._seen_epochs.get(stage.key, 0)
         self._journal.metrics(stage_id, [row for row in rows if row["epoch"] > seen])
         final = {f"final_{name}": value for name, value in manifest["metrics"].items()}

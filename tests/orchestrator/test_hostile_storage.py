@@ -136,3 +136,17 @@ def test_relative_paths_stay_behind() -> None:
     fine = RunSettings(storage="s3://bucket/runs", tracking="http://mlflow:5000")
     assert left_behind(fine, ["/data"], []) == []
     assert left_behind(RunSettings(storage="file:///data/runs"), [], []) == []
+
+
+def test_a_manifest_with_the_older_checksum_is_read(tmp_path: Path) -> None:
+    """Of its values, whatever the text: stores of earlier versions are no ruins."""
+    store = Store(str(tmp_path / "runs"))
+    store.put(KEY, {"a": b"1"}, {"inputs": {}, "top1": 71.5})
+    path = Path(store.url) / "artifacts" / KEY[:2] / KEY / "manifest.json"
+    rest = {name: value for name, value in json.loads(path.read_text()).items() if name != "checksum"}
+    checksum = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**rest, "checksum": checksum}, indent=1))
+    store.verify(KEY)
+    path.write_text(path.read_text().replace("71.5", "99.9"))
+    with pytest.raises(DamagedArtifactError, match="checksum"):
+        store.manifest(KEY)

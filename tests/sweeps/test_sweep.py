@@ -80,6 +80,22 @@ def test_stages_are_shared_stored_and_extended(experiment, tmp_path) -> None:
     assert {key: in_sweep[key] for key in alone_weights} == alone_weights
 
 
+@pytest.mark.parametrize("name", ["teacher", "views"])
+def test_a_damaged_stage_that_others_need_is_built_again(experiment, tmp_path, name) -> None:
+    storage = tmp_path / "runs"
+    points = {"seeds": 1, "space": {"views.num_branches": grid([1])}}
+    experiment(search=points, baselines={}).run(quiet=True)
+    before = weights(storage)
+    (key,) = [key for key, manifest in artifacts(storage).items() if manifest["name"] == name]
+    marker = storage / "artifacts" / key[:2] / key / "manifest.json"
+    marker.write_text(marker.read_text().replace('"epochs": ', '"epochs": 1'))
+    points["seeds"] = 2  # both students need it, one of them has to be trained
+    result = experiment(search=points, baselines={}).run(quiet=True)
+    assert [row.status for row in result.rows] == ["done", "done"]
+    assert before.items() <= weights(storage).items()
+    assert list((storage / "damaged").iterdir())
+
+
 @pytest.mark.slow
 def test_report_files(experiment, tmp_path) -> None:
     result = experiment(search={"space": {"views.num_branches": grid([1, 2])}}).run(quiet=True)
